@@ -1,0 +1,1206 @@
+//go:build ignore
+
+// SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
+//
+// The programs of Shunt's eBPF path. They know sockets, addresses and maps;
+// nothing of Kubernetes. The rules they follow, and the order of the rules, are
+// those of docs/SEMANTICS.md; enum rule mirrors redirect.Rule.
+//
+// A pod is known by its network namespace's cookie, never reused until reboot:
+// it is part of every key. All cgroup programs are loaded once a node and
+// linked to each pod's cgroup; the sk_lookup program is loaded once a pod,
+// because no kernel gives it a way to learn the netns it runs in.
+//
+// Addresses are IPv6 in network byte order everywhere; IPv4 in its mapped form
+// (::ffff:a.b.c.d).
+
+#include <linux/bpf.h>
+#include <linux/in.h>
+#include <linux/in6.h>
+#include <linux/types.h>
+#include <stdbool.h>
+#include <bpf/bpf_endian.h>
+#include <bpf/bpf_helpers.h>
+
+#include "kernel.h"
+
+char _license[] SEC("license") = "Dual BSD/GPL";
+
+// ---------------------------------------------------------------- constants
+
+#define AF_INET 2
+#define AF_INET6 10
+#define SOCK_STREAM 1
+#define SOL_IP 0 // as in the level argument of getsockopt
+#define SOL_IPV6 41
+#define SO_ORIGINAL_DST 80 // the same number at both levels
+#define EPERM 1
+#define ENOENT 2
+#define EAGAIN 11
+#define EEXIST 17
+#define ENETUNREACH 101
+#define LOOPBACK_IFINDEX 1 // lo, in every netns
+#define DNS_WELL_KNOWN 53
+#define PAGE 4096
+
+enum { ALLOW = 1, DENY = 0 }; // return values of the cgroup programs
+
+// SO_REUSEPORT gives a proxy one listener a worker. Each is registered in a slot
+// of its own; one, the current, stands for the whole group, and when it closes
+// another takes its place. FIRST_SLOTS are kept by those who came first, the
+// rest are a ring of those who came last: of a proxy that reloads, old and new
+// are both always represented, however many they are.
+#define SLOTS 64
+#define FIRST_SLOTS 32
+
+// Sizes. A map with BPF_F_NO_PREALLOC costs nothing until it is filled.
+#define MAX_PODS 16384
+#define MAX_PREFIXES (1 << 22)
+#define MAX_INFLIGHT (1 << 18)
+#define MAX_LISTENERS (1 << 16)
+#define MAX_ERRORS 4096
+
+// Set by the loader before the load.
+const volatile __u32 inflight_limit = 1 << 16; // handshakes under way at once, per pod
+const volatile bool have_set_retval = false;   // bpf_set_retval, since Linux 5.18
+
+// ------------------------------------------------------------------- types
+
+struct addr {
+	__be32 w[4];
+};
+
+// Why a flow got its verdict; counted per pod. Mirrors redirect.Rule.
+enum rule {
+	RULE_NONE,
+	RULE_OUT_EXCLUDE_INTERFACE,
+	RULE_OUT_EXCLUDE_PORT,
+	RULE_OUT_PASSTHROUGH,
+	RULE_OUT_PROXY_TO_SELF,
+	RULE_OUT_LOCAL,
+	RULE_OUT_PROXY,
+	RULE_OUT_PROXY_GID_TO_SELF,
+	RULE_OUT_PROXY_GID_LOCAL,
+	RULE_OUT_PROXY_GID,
+	RULE_OUT_DNS,
+	RULE_OUT_LOOPBACK,
+	RULE_OUT_EXCLUDE_CIDR,
+	RULE_OUT_INCLUDE_PORT,
+	RULE_OUT_INCLUDE_CIDR,
+	RULE_OUT_DEFAULT,
+	RULE_IN_REROUTE,
+	RULE_IN_EXCLUDE_INTERFACE,
+	RULE_IN_TUNNEL,
+	RULE_IN_EXCLUDE_PORT,
+	RULE_IN_INCLUDE,
+	RULE_IN_DEFAULT,
+	RULE_COUNT,
+};
+
+enum pod_flag {
+	POD_OUT_ALL = 1 << 0,       // includeOutboundIPRanges is *
+	POD_OUT_ALL_PORTS = 1 << 1, // includeOutboundPorts is *
+	POD_OUT_PORTS = 1 << 2,     // the ports map has outbound entries
+	POD_IN_ALL = 1 << 3,        // includeInboundPorts is *
+	POD_IN_PORTS = 1 << 4,      // the ports map has inbound entries
+	POD_NO_OUT_LOCAL = 1 << 5,  // an include CIDR is loopback: no out-local rules
+	POD_DNS = 1 << 6,           // DNS capture
+};
+
+// One pod's policy, less its lists.
+struct pod {
+	__u32 uid; // the proxy's, as the host numbers it
+	__u32 gid;
+	__u32 flags;         // enum pod_flag
+	__u16 outbound_port; // host byte order, as are the next three
+	__u16 inbound_port;
+	__u16 tunnel_port;
+	__u16 dns_port;
+	__u32 pad;
+	// The pod's first address of each family, zero without one: the source
+	// of redirected connections, unless a struct dest names another, and the
+	// address besides the wildcard at which a proxy is looked for.
+	struct addr source4;
+	struct addr source6;
+};
+
+enum dest_flag {
+	DEST_LOCAL = 1 << 0,   // an address of the pod itself
+	DEST_INCLUDE = 1 << 1, // in includeOutboundIPRanges
+	DEST_EXCLUDE = 1 << 2, // in excludeOutboundIPRanges
+};
+
+struct dest_key {
+	__u32 prefixlen; // 64 + the prefix's length
+	__u32 cookie[2]; // the netns cookie, in memory order
+	struct addr addr;
+};
+
+// What a destination is to a pod. The compiler flattens the lists, so that the
+// longest prefix has the final word.
+struct dest {
+	__u32 flags;        // enum dest_flag
+	struct addr source; // the source that the pod's routes choose; zero: the pod's first
+};
+
+enum direction { DIR_OUT, DIR_IN };
+
+enum port_flag {
+	PORT_INCLUDE = 1 << 0,
+	PORT_EXCLUDE = 1 << 1,
+};
+
+struct port_key {
+	__u32 prefixlen; // 80 + 0 to 16
+	__u32 cookie[2];
+	__u16 direction; // enum direction
+	__be16 port;
+};
+
+enum listener_kind {
+	LISTENER_POD4, // at the pod's own address
+	LISTENER_ANY4, // at the wildcard
+	LISTENER_POD6,
+	LISTENER_ANY6, // serves IPv4 too, unless it is IPV6_V6ONLY
+	LISTENER_KINDS,
+};
+
+// What the programs themselves know of one pod.
+struct pod_state {
+	__s64 inflight;                        // entries of the inflight map
+	__u64 listens;                         // listeners registered in the ring
+	__u32 current[LISTENER_KINDS];         // the slot of the listener that gets the connections
+	__u64 listeners[LISTENER_KINDS][SLOTS]; // the cookie of the listener in each slot, 0: free
+	__u64 rules[RULE_COUNT];               // flows decided, by rule
+};
+
+// Where a helper failed.
+enum place {
+	PLACE_NONE,
+	PLACE_CONNECT_STORAGE,   // socket storage could not be had: connect denied
+	PLACE_CONNECT_BIND,      // the pod's address could not be bound: the proxy sees another peer address
+	PLACE_CONNECT_UNBIND,    // an earlier bind of ours could not be undone
+	PLACE_CONNECT_ROOM,      // too many handshakes under way: connect denied
+	PLACE_CONNECT_NO_SOURCE, // the pod has no address of that family: connect denied
+	PLACE_CONNECT_PORT,      // the destination's port could not be rewritten: connect denied
+	PLACE_INFLIGHT_INSERT,   // the handshake could not be noted: its original destination is lost
+	PLACE_ACCEPT_STORAGE,    // socket storage could not be had: the original destination is lost
+	PLACE_ACCEPT_NO_ENTRY,   // a local connection to the proxy without a note: its original destination is unknown
+	PLACE_LISTENER_REGISTER, // the proxy's listener could not be registered: no inbound connections
+	PLACE_LISTENER_NONE,     // no listener at the proxy's inbound port: connection refused
+	PLACE_GETSOCKOPT_LOST,   // SO_ORIGINAL_DST asked where it is lost: the question fails
+	PLACE_NO_POD,            // a program ran for a pod without an entry: refused
+	PLACE_COUNT,
+};
+
+struct error_key {
+	__u64 cookie;
+	__u32 place; // enum place
+	__u32 error; // errno, positive
+};
+
+enum socket_flag {
+	SOCKET_REDIRECTED = 1 << 0, // the connecting end of a redirected connection
+	SOCKET_ACCEPTED = 1 << 1,   // the accepting end at a proxy port
+	SOCKET_LOST = 1 << 2,       // original destination unknown: SO_ORIGINAL_DST must fail
+	SOCKET_BOUND = 1 << 3,      // bound by us to .source, not by its owner
+	SOCKET_WATCHED = 1 << 4,    // we switched its state callbacks on
+};
+
+// Kept in the socket's own storage, for as long as the socket lives.
+struct sock_state {
+	__u32 flags; // enum socket_flag
+	__be16 port; // of the original destination
+	__u16 pad;
+	struct addr dst; // the original destination
+	struct addr source;
+};
+
+// A handshake with a proxy port inside the pod.
+struct tuple {
+	__u64 cookie;
+	struct addr saddr;
+	struct addr daddr;
+	__be16 sport;
+	__be16 dport;
+	__u32 pad;
+};
+
+struct handshake {
+	__u64 owner; // the connecting socket's cookie
+	struct addr dst;
+	__be16 port;
+	__u16 pad[3];
+};
+
+struct listener_key {
+	__u64 cookie;
+	__u32 kind; // enum listener_kind
+	__u32 slot;
+};
+
+// Named so that Go gets their numbers: bpf2go sees only what is used.
+const enum pod_flag *unused_pod_flag __attribute__((unused));
+const enum dest_flag *unused_dest_flag __attribute__((unused));
+const enum port_flag *unused_port_flag __attribute__((unused));
+const enum direction *unused_direction __attribute__((unused));
+const enum rule *unused_rule __attribute__((unused));
+const enum place *unused_place __attribute__((unused));
+const enum listener_kind *unused_listener_kind __attribute__((unused));
+
+// -------------------------------------------------------------------- maps
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, MAX_PODS);
+	__type(key, __u64);
+	__type(value, struct pod);
+} pods SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, MAX_PREFIXES);
+	__type(key, struct dest_key);
+	__type(value, struct dest);
+} dests SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, MAX_PREFIXES);
+	__type(key, struct port_key);
+	__type(value, __u32); // enum port_flag
+} ports SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, MAX_PODS);
+	__type(key, __u64);
+	__type(value, struct pod_state);
+} states SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, MAX_ERRORS);
+	__type(key, struct error_key);
+	__type(value, __u64);
+} errors SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, int);
+	__type(value, struct sock_state);
+} sockets SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, MAX_INFLIGHT);
+	__type(key, struct tuple);
+	__type(value, struct handshake);
+} inflight SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_SOCKHASH);
+	__uint(max_entries, MAX_LISTENERS);
+	__type(key, struct listener_key);
+	__type(value, __u64);
+} listeners SEC(".maps");
+
+// ----------------------------------------------------------------- counting
+
+static __always_inline void count(struct pod_state *c, enum rule r)
+{
+	if (c)
+		__sync_fetch_and_add(&c->rules[r], 1);
+}
+
+// failed counts a helper's failure. err is the helper's (negative) result.
+__noinline int failed(__u64 cookie, __u32 place, long err)
+{
+	struct error_key key = { .cookie = cookie, .place = place, .error = err < 0 ? -err : err };
+	__u64 one = 1, *n = bpf_map_lookup_elem(&errors, &key);
+
+	if (n)
+		__sync_fetch_and_add(n, 1);
+	else
+		bpf_map_update_elem(&errors, &key, &one, BPF_ANY);
+	return 0;
+}
+
+// ---------------------------------------------------------------- addresses
+
+#define MAPPED_WORD bpf_htonl(0x0000ffff)
+
+// words reads an address from a context. Contexts can only be read word by word;
+// volatile keeps the compiler from joining two.
+#define words(p)                                                                           \
+	((struct addr){ { *(const volatile __u32 *)&(p)[0], *(const volatile __u32 *)&(p)[1], \
+			  *(const volatile __u32 *)&(p)[2], *(const volatile __u32 *)&(p)[3] } })
+
+static __always_inline struct addr mapped(__be32 ip4)
+{
+	return (struct addr){ { 0, 0, MAPPED_WORD, ip4 } };
+}
+
+// lo gives LO, 127.0.0.1 or ::1.
+static __always_inline struct addr lo(bool four)
+{
+	return (struct addr){ { 0, 0, four ? MAPPED_WORD : 0, four ? bpf_htonl(0x7f000001) : bpf_htonl(1) } };
+}
+
+// The predicates are written without && and ||: a branch each would multiply the
+// paths that the verifier has to follow.
+
+// above is zero if a's first twelve bytes are w.
+static __always_inline __u32 above(const struct addr *a, __be32 w)
+{
+	return a->w[0] | a->w[1] | (a->w[2] ^ w);
+}
+
+static __always_inline bool is_mapped(const struct addr *a)
+{
+	return above(a, MAPPED_WORD) == 0;
+}
+
+static __always_inline bool is_zero(const struct addr *a)
+{
+	return (above(a, 0) | a->w[3]) == 0;
+}
+
+// is_any4: 0.0.0.0
+static __always_inline bool is_any4(const struct addr *a)
+{
+	return (above(a, MAPPED_WORD) | a->w[3]) == 0;
+}
+
+static __always_inline bool same(const struct addr *a, const struct addr *b)
+{
+	return ((a->w[0] ^ b->w[0]) | (a->w[1] ^ b->w[1]) | (a->w[2] ^ b->w[2]) | (a->w[3] ^ b->w[3])) == 0;
+}
+
+// either is zero if x or y is: 32 by 32 bits can't overflow.
+static __always_inline __u64 either(__u32 x, __u32 y)
+{
+	return (__u64)x * y;
+}
+
+// is_loopback: 127.0.0.0/8 or ::1, which need no look-up to be local
+static __always_inline bool is_loopback(const struct addr *a)
+{
+	return either(above(a, MAPPED_WORD) | ((a->w[3] ^ bpf_htonl(0x7f000000)) & bpf_htonl(0xff000000)),
+		      above(a, 0) | (a->w[3] ^ bpf_htonl(1))) == 0;
+}
+
+// is_lo: LO of the semantics, 127.0.0.1 or ::1
+static __always_inline bool is_lo(const struct addr *a)
+{
+	return either(above(a, MAPPED_WORD) | (a->w[3] ^ bpf_htonl(0x7f000001)),
+		      above(a, 0) | (a->w[3] ^ bpf_htonl(1))) == 0;
+}
+
+// is_s6: S6 of the semantics, 127.0.0.6 or ::6: the proxy's source towards its own app
+static __always_inline bool is_s6(const struct addr *a)
+{
+	return either(above(a, MAPPED_WORD) | (a->w[3] ^ bpf_htonl(0x7f000006)),
+		      above(a, 0) | (a->w[3] ^ bpf_htonl(6))) == 0;
+}
+
+// -------------------------------------------------------------------- rules
+
+static __always_inline struct dest *find_dest(__u64 cookie, const struct addr *a)
+{
+	struct dest_key key = { .prefixlen = 64 + 128, .cookie = { cookie, cookie >> 32 }, .addr = *a };
+
+	return bpf_map_lookup_elem(&dests, &key);
+}
+
+static __always_inline __u32 port_flags(__u64 cookie, enum direction d, __u16 port)
+{
+	struct port_key key = {
+		.prefixlen = 64 + 16 + 16,
+		.cookie = { cookie, cookie >> 32 },
+		.direction = d,
+		.port = bpf_htons(port),
+	};
+	__u32 *flags = bpf_map_lookup_elem(&ports, &key);
+
+	return flags ? *flags : 0;
+}
+
+static __always_inline bool is_local(__u64 cookie, const struct addr *a)
+{
+	struct dest *d;
+
+	if (is_loopback(a))
+		return true;
+	d = find_dest(cookie, a);
+	return d && (d->flags & DEST_LOCAL);
+}
+
+static __always_inline bool is_proxy_port(const struct pod *pod, __u16 port)
+{
+	return port == pod->outbound_port || port == pod->inbound_port ||
+	       ((pod->flags & POD_DNS) && port == pod->dns_port);
+}
+
+// One outbound flow, as section 4 of the semantics sees it.
+struct flow {
+	struct addr dst;
+	struct addr src; // what the socket is bound to; zero: nothing
+	__u16 port;      // destination, host byte order
+	bool local;      // "by lo"
+	__u32 dest;      // enum dest_flag of the destination
+	__u32 uid;       // the owner
+	__u32 gid;
+};
+
+static __always_inline enum rule decide_outbound(__u64 cookie, const struct pod *pod, const struct flow *f)
+{
+	__u32 listed = (pod->flags & POD_OUT_PORTS) ? port_flags(cookie, DIR_OUT, f->port) : 0;
+	bool dns = (pod->flags & POD_DNS) && f->port == DNS_WELL_KNOWN;
+	bool to_self = f->local && !is_lo(&f->dst) && f->port != pod->tunnel_port && !dns;
+	bool to_local = f->local && !dns && !(pod->flags & POD_NO_OUT_LOCAL);
+
+	if (listed & PORT_EXCLUDE)
+		return RULE_OUT_EXCLUDE_PORT;
+	if (f->local && is_s6(&f->src))
+		return RULE_OUT_PASSTHROUGH;
+
+	if (f->uid == pod->uid)
+		return to_self ? RULE_OUT_PROXY_TO_SELF : RULE_OUT_PROXY;
+	if (to_local)
+		return RULE_OUT_LOCAL;
+	if (f->gid == pod->gid)
+		return to_self ? RULE_OUT_PROXY_GID_TO_SELF : RULE_OUT_PROXY_GID;
+	// out-proxy-gid-local can't be reached: out-local came first, and both
+	// are absent together.
+
+	if (dns)
+		return RULE_OUT_DNS;
+	if (is_lo(&f->dst))
+		return RULE_OUT_LOOPBACK;
+	if (f->dest & DEST_EXCLUDE)
+		return RULE_OUT_EXCLUDE_CIDR;
+	if ((pod->flags & POD_OUT_ALL_PORTS) || (listed & PORT_INCLUDE))
+		return RULE_OUT_INCLUDE_PORT;
+	if ((pod->flags & POD_OUT_ALL) || (f->dest & DEST_INCLUDE))
+		return RULE_OUT_INCLUDE_CIDR;
+	return RULE_OUT_DEFAULT;
+}
+
+// target_port gives the proxy's port for a rule, 0 for a direct connection.
+static __always_inline __u16 target_port(const struct pod *pod, enum rule r)
+{
+	switch (r) {
+	case RULE_OUT_PROXY_TO_SELF:
+	case RULE_OUT_PROXY_GID_TO_SELF:
+		return pod->inbound_port;
+	case RULE_OUT_DNS:
+		return pod->dns_port;
+	case RULE_OUT_INCLUDE_PORT:
+	case RULE_OUT_INCLUDE_CIDR:
+		return pod->outbound_port;
+	default:
+		return 0;
+	}
+}
+
+// ------------------------------------------------------------------ connect
+
+// find_owner reads what iptables' owner match sees: fsuid and fsgid of the
+// task that created the socket, kept in its file's credentials whoever holds
+// the file now. A socket without a file belongs to nobody; so does one that
+// can't be read: it is not the proxy's.
+static __always_inline void find_owner(struct bpf_sock *bsk, struct flow *f)
+{
+	struct sock *sk = (struct sock *)bpf_skc_to_tcp_sock(bsk);
+	const struct cred *cred;
+	struct socket *so;
+	struct file *file;
+
+	f->uid = f->gid = (__u32)-1;
+	if (!sk)
+		return;
+	so = sk->sk_socket;
+	if (!so)
+		return;
+	file = so->file;
+	if (!file)
+		return;
+	cred = file->f_cred;
+	if (!cred)
+		return;
+	f->uid = cred->fsuid.val;
+	f->gid = cred->fsgid.val;
+}
+
+// bind_to gives the socket a source address; the zero address takes one away.
+// The port stays open until connect chooses it.
+static __always_inline long bind_to(struct bpf_sock_addr *ctx, const struct addr *a, bool v6)
+{
+	if (v6) {
+		struct sockaddr_in6 sa = { .sin6_family = AF_INET6 };
+
+		__builtin_memcpy(&sa.sin6_addr, a, sizeof(*a));
+		return bpf_bind(ctx, (struct sockaddr *)&sa, sizeof(sa));
+	} else {
+		struct sockaddr_in sa = { .sin_family = AF_INET, .sin_addr.s_addr = a->w[3] };
+
+		return bpf_bind(ctx, (struct sockaddr *)&sa, sizeof(sa));
+	}
+}
+
+static __always_inline void unbind(struct bpf_sock_addr *ctx, __u64 cookie, struct sock_state *st, bool v6)
+{
+	struct addr any = {};
+	long err = bind_to(ctx, &any, v6);
+
+	if (err)
+		failed(cookie, PLACE_CONNECT_UNBIND, err);
+	else
+		st->flags &= ~SOCKET_BOUND;
+}
+
+// listens reports whether a connection to a:port inside the pod would find a
+// listener: one at that very address, or at the wildcard.
+static __always_inline bool listens(struct bpf_sock_addr *ctx, const struct addr *a, __u16 port)
+{
+	struct bpf_sock_tuple t = {};
+	struct bpf_sock *sk;
+	bool found;
+
+	if (is_mapped(a)) {
+		t.ipv4.saddr = t.ipv4.daddr = a->w[3];
+		t.ipv4.dport = bpf_htons(port);
+		sk = bpf_sk_lookup_tcp(ctx, &t, sizeof(t.ipv4), BPF_F_CURRENT_NETNS, 0);
+	} else {
+		__builtin_memcpy(t.ipv6.saddr, a, sizeof(*a));
+		__builtin_memcpy(t.ipv6.daddr, a, sizeof(*a));
+		t.ipv6.dport = bpf_htons(port);
+		sk = bpf_sk_lookup_tcp(ctx, &t, sizeof(t.ipv6), BPF_F_CURRENT_NETNS, 0);
+	}
+	if (!sk)
+		return false;
+	found = sk->state == BPF_TCP_LISTEN;
+	bpf_sk_release(sk);
+	return found;
+}
+
+static __always_inline void set_address(struct bpf_sock_addr *ctx, const struct addr *a, __be16 port, bool v6)
+{
+	ctx->user_port = port;
+	if (v6) {
+		ctx->user_ip6[0] = a->w[0];
+		ctx->user_ip6[1] = a->w[1];
+		ctx->user_ip6[2] = a->w[2];
+		ctx->user_ip6[3] = a->w[3];
+	} else {
+		ctx->user_ip4 = a->w[3];
+	}
+}
+
+static __always_inline int deny(__u64 cookie, __u32 place, long err)
+{
+	failed(cookie, place, err);
+	return DENY; // connect gives EPERM
+}
+
+static __always_inline int deny_unreachable(__u64 cookie)
+{
+	if (have_set_retval)
+		bpf_set_retval(-ENETUNREACH);
+	return deny(cookie, PLACE_CONNECT_NO_SOURCE, -ENETUNREACH);
+}
+
+static __always_inline int connect(struct bpf_sock_addr *ctx, bool v6)
+{
+	struct bpf_sock *sk = ctx->sk;
+	struct addr target, want = {};
+	struct sock_state *st;
+	struct pod_state *c;
+	struct dest *dest;
+	struct flow f = {};
+	struct pod *pod;
+	bool ours, room;
+	enum rule rule;
+	__u64 cookie;
+	__u32 sport;
+	__u16 port;
+	bool four;
+	long err;
+
+	if (!sk || ctx->type != SOCK_STREAM || (ctx->protocol != IPPROTO_TCP && ctx->protocol != IPPROTO_MPTCP))
+		return ALLOW;
+	if (ctx->user_family != (v6 ? AF_INET6 : AF_INET))
+		return ALLOW; // the kernel refuses it
+	cookie = bpf_get_netns_cookie(ctx);
+	pod = bpf_map_lookup_elem(&pods, &cookie);
+	if (!pod)
+		return ALLOW; // another netns, nested in the pod's cgroup: not redirected by iptables either
+	c = bpf_map_lookup_elem(&states, &cookie);
+	if (!c)
+		return deny(cookie, PLACE_NO_POD, -ENOENT);
+	st = bpf_sk_storage_get(&sockets, sk, 0, 0);
+
+	f.port = bpf_ntohs(ctx->user_port);
+	if (v6) {
+		f.dst = words(ctx->user_ip6);
+		f.src = words(sk->src_ip6);
+	} else {
+		f.dst = mapped(ctx->user_ip4);
+		f.src = mapped(sk->src_ip4);
+	}
+	if (is_any4(&f.src))
+		f.src = (struct addr){};
+	sport = sk->src_port;
+	ours = st && (st->flags & SOCKET_BOUND) && same(&f.src, &st->source);
+	if (ours)
+		f.src = (struct addr){}; // to its owner the socket is not bound
+
+	// As the kernel reads an unspecified destination. IPv4: the address that
+	// the socket is bound to; IPv6: the loopback of the family it is bound to.
+	if (is_any4(&f.dst))
+		f.dst = is_zero(&f.src) ? lo(true) : f.src;
+	else if (v6 && is_zero(&f.dst))
+		f.dst = lo(is_mapped(&f.src));
+	four = is_mapped(&f.dst);
+
+	dest = find_dest(cookie, &f.dst);
+	if (dest)
+		f.dest = dest->flags;
+	f.local = is_loopback(&f.dst) || (f.dest & DEST_LOCAL);
+	// The kernel answers ::6 from ::6, where for IPv4 it takes 127.0.0.1.
+	if (f.local && !four && is_zero(&f.src) && is_s6(&f.dst))
+		f.src = f.dst;
+	find_owner(sk, &f);
+
+	rule = decide_outbound(cookie, pod, &f);
+	count(c, rule);
+	port = target_port(pod, rule);
+	room = c->inflight < inflight_limit;
+
+	if (!port) {
+		if (st) {
+			st->flags &= ~SOCKET_REDIRECTED;
+			if (ours)
+				unbind(ctx, cookie, st, v6);
+		}
+		if (!room && f.local && is_proxy_port(pod, f.port))
+			return deny(cookie, PLACE_CONNECT_ROOM, -EAGAIN);
+		return ALLOW;
+	}
+
+	if (!room)
+		return deny(cookie, PLACE_CONNECT_ROOM, -EAGAIN);
+	if (!st)
+		st = bpf_sk_storage_get(&sockets, sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
+	if (!st)
+		return deny(cookie, PLACE_CONNECT_STORAGE, -EAGAIN);
+
+	target = lo(four);
+
+	// The proxy is to see the peer address that it sees behind iptables: the
+	// one that the kernel would have taken towards the original destination.
+	if (is_zero(&f.src) && !is_loopback(&f.dst)) {
+		if (f.dest & DEST_LOCAL)
+			want = f.dst;
+		else if (dest && !is_zero(&dest->source))
+			want = dest->source;
+		else
+			want = four ? pod->source4 : pod->source6;
+		if (is_zero(&want))
+			return deny_unreachable(cookie);
+	}
+	if (is_zero(&want)) {
+		if (ours)
+			unbind(ctx, cookie, st, v6);
+	} else if (!ours || !same(&want, &st->source)) {
+		if (ours || !sport) {
+			err = bind_to(ctx, &want, v6);
+			if (err) {
+				failed(cookie, PLACE_CONNECT_BIND, err);
+			} else {
+				st->flags |= SOCKET_BOUND;
+				st->source = want;
+			}
+		} else if (listens(ctx, &want, port)) {
+			// Bound to the wildcard and a port, it can't be bound
+			// again; but towards one of the pod's own addresses the
+			// kernel takes that address.
+			target = want;
+		} else {
+			failed(cookie, PLACE_CONNECT_BIND, -EEXIST);
+		}
+	}
+
+	st->dst = f.dst;
+	st->port = bpf_htons(f.port);
+	st->flags |= SOCKET_REDIRECTED;
+
+	set_address(ctx, &target, bpf_htons(port), v6);
+	return ALLOW;
+}
+
+SEC("cgroup/connect4")
+int shunt_connect4(struct bpf_sock_addr *ctx)
+{
+	return connect(ctx, false);
+}
+
+SEC("cgroup/connect6")
+int shunt_connect6(struct bpf_sock_addr *ctx)
+{
+	return connect(ctx, true);
+}
+
+// -------------------------------------------------------------- getpeername
+
+// The app is shown the destination that it asked for.
+static __always_inline int getpeername(struct bpf_sock_addr *ctx, bool v6)
+{
+	struct sock_state *st = ctx->sk ? bpf_sk_storage_get(&sockets, ctx->sk, 0, 0) : 0;
+
+	if (st && (st->flags & SOCKET_REDIRECTED))
+		set_address(ctx, &st->dst, st->port, v6);
+	return ALLOW;
+}
+
+SEC("cgroup/getpeername4")
+int shunt_getpeername4(struct bpf_sock_addr *ctx)
+{
+	return getpeername(ctx, false);
+}
+
+SEC("cgroup/getpeername6")
+int shunt_getpeername6(struct bpf_sock_addr *ctx)
+{
+	return getpeername(ctx, true);
+}
+
+// ------------------------------------------------------------------ sockops
+
+// The original destination goes from the connecting socket to the accepted one
+// through the inflight map, keyed by what both ends know of the connection. It
+// is there from the SYN until the accepting end is established: nothing that a
+// live connection needs stays in a map that could overflow.
+
+static __always_inline void ends(struct bpf_sock_ops *ctx, struct addr *local, struct addr *remote)
+{
+	if (ctx->family == AF_INET) {
+		*local = mapped(ctx->local_ip4);
+		*remote = mapped(ctx->remote_ip4);
+		return;
+	}
+	*remote = words(ctx->remote_ip6);
+	*local = words(ctx->local_ip6);
+	// While an IPv6 socket connects to a mapped address, the kernel has
+	// filled in only the IPv4 form of its own.
+	if (is_mapped(remote))
+		*local = mapped(ctx->local_ip4);
+}
+
+static __always_inline void forget(__u64 cookie, const struct tuple *key)
+{
+	struct pod_state *c;
+
+	if (bpf_map_delete_elem(&inflight, key))
+		return; // the other end was first
+	c = bpf_map_lookup_elem(&states, &cookie);
+	if (c)
+		__sync_fetch_and_add(&c->inflight, -1);
+}
+
+// listener_kind_of: which of the pod's inbound listeners is this socket?
+// LISTENER_KINDS: none, REDIRECT would not look there.
+static __always_inline __u32 listener_kind_of(struct bpf_sock_ops *ctx, const struct pod *pod)
+{
+	struct addr a;
+
+	if (ctx->local_port != pod->inbound_port)
+		return LISTENER_KINDS;
+	a = ctx->family == AF_INET ? mapped(ctx->local_ip4) : words(ctx->local_ip6);
+	if (is_zero(&a))
+		return LISTENER_ANY6;
+	if (is_any4(&a))
+		return LISTENER_ANY4;
+	if (same(&a, &pod->source4))
+		return LISTENER_POD4;
+	if (same(&a, &pod->source6))
+		return LISTENER_POD6;
+	return LISTENER_KINDS;
+}
+
+static __always_inline void set_state_callbacks(struct bpf_sock_ops *ctx, bool on)
+{
+	__u32 flags = ctx->bpf_sock_ops_cb_flags & ~BPF_SOCK_OPS_STATE_CB_FLAG;
+
+	bpf_sock_ops_cb_flags_set(ctx, on ? flags | BPF_SOCK_OPS_STATE_CB_FLAG : flags);
+}
+
+// The masks, and hiding from the compiler that they are needless, are for the
+// verifier, which forgets the bounds of what has been on the stack.
+
+static __always_inline __u32 *current_slot(struct pod_state *c, __u32 kind)
+{
+	asm volatile("" : "+r"(kind));
+	return &c->current[kind & (LISTENER_KINDS - 1)];
+}
+
+static __always_inline __u64 *listener_in(struct pod_state *c, __u32 kind, __u32 slot)
+{
+	asm volatile("" : "+r"(kind), "+r"(slot));
+	return &c->listeners[kind & (LISTENER_KINDS - 1)][slot & (SLOTS - 1)];
+}
+
+// Not static, as is on_unlisten: the verifier follows a global function once,
+// not once for every path that leads to it.
+__noinline int on_listen(struct bpf_sock_ops *ctx, __u64 cookie, __u32 kind)
+{
+	struct listener_key key = { .cookie = cookie, .kind = kind };
+	struct pod_state *c;
+	long err = -EEXIST;
+
+	c = bpf_map_lookup_elem(&states, &cookie);
+	if (!c)
+		return failed(cookie, PLACE_NO_POD, -ENOENT);
+	for (int i = 0; i < FIRST_SLOTS && err == -EEXIST; i++) {
+		key.slot = i;
+		err = bpf_sock_hash_update(ctx, &listeners, &key, BPF_NOEXIST);
+	}
+	if (err == -EEXIST) {
+		key.slot = FIRST_SLOTS + __sync_fetch_and_add(&c->listens, 1) % (SLOTS - FIRST_SLOTS);
+		err = bpf_sock_hash_update(ctx, &listeners, &key, BPF_ANY);
+	}
+	if (err)
+		return failed(cookie, PLACE_LISTENER_REGISTER, err);
+	*listener_in(c, key.kind, key.slot) = bpf_get_socket_cookie(ctx);
+	*current_slot(c, key.kind) = key.slot;
+	set_state_callbacks(ctx, true);
+	return 0;
+}
+
+// on_unlisten: a registered listener has closed, and the kernel has taken it out
+// of its slot. If the one that is chosen instead closes at the same moment,
+// either it is seen to be gone here, or it chooses after us: whoever chooses
+// last chooses right.
+__noinline int on_unlisten(struct bpf_sock_ops *ctx, __u64 cookie, __u32 kind)
+{
+	__u64 self = bpf_get_socket_cookie(ctx);
+	struct pod_state *c;
+
+	c = bpf_map_lookup_elem(&states, &cookie);
+	if (!c)
+		return failed(cookie, PLACE_NO_POD, -ENOENT);
+	for (int i = 0; i < SLOTS; i++)
+		if (*listener_in(c, kind, i) == self)
+			*listener_in(c, kind, i) = 0;
+	for (int i = 0; i < 2 * SLOTS; i++) {
+		if (*(volatile __u64 *)listener_in(c, kind, *current_slot(c, kind)))
+			break;
+		if (*(volatile __u64 *)listener_in(c, kind, i))
+			*current_slot(c, kind) = i % SLOTS;
+	}
+	return 0;
+}
+
+static __always_inline void on_connect(struct bpf_sock_ops *ctx, __u64 cookie, const struct pod *pod)
+{
+	__u16 port = bpf_ntohl(ctx->remote_port);
+	struct tuple key = { .cookie = cookie };
+	struct handshake h = {};
+	struct sock_state *st;
+	struct bpf_sock *sk;
+	struct pod_state *c;
+	long err;
+
+	if (!is_proxy_port(pod, port))
+		return;
+	ends(ctx, &key.saddr, &key.daddr);
+	if (!is_local(cookie, &key.daddr))
+		return;
+	key.sport = bpf_htons(ctx->local_port);
+	key.dport = bpf_htons(port);
+
+	// A direct connection to a proxy port has its own destination.
+	h.owner = bpf_get_socket_cookie(ctx);
+	h.dst = key.daddr;
+	h.port = key.dport;
+	sk = ctx->sk;
+	st = sk ? bpf_sk_storage_get(&sockets, sk, 0, 0) : 0;
+	if (st && (st->flags & SOCKET_REDIRECTED)) {
+		h.dst = st->dst;
+		h.port = st->port;
+	}
+
+	err = bpf_map_update_elem(&inflight, &key, &h, BPF_NOEXIST);
+	if (!err) {
+		c = bpf_map_lookup_elem(&states, &cookie);
+		if (c)
+			__sync_fetch_and_add(&c->inflight, 1);
+	} else if (err == -EEXIST) {
+		err = bpf_map_update_elem(&inflight, &key, &h, BPF_EXIST);
+	}
+	if (err) {
+		failed(cookie, PLACE_INFLIGHT_INSERT, err);
+		return;
+	}
+	if (ctx->bpf_sock_ops_cb_flags & BPF_SOCK_OPS_STATE_CB_FLAG)
+		return; // somebody else's: they stay on
+	set_state_callbacks(ctx, true);
+	if (st)
+		st->flags |= SOCKET_WATCHED;
+}
+
+static __always_inline void on_accept(struct bpf_sock_ops *ctx, __u64 cookie, const struct pod *pod)
+{
+	struct sock_state init = { .flags = SOCKET_ACCEPTED };
+	struct tuple key = { .cookie = cookie };
+	struct handshake *h;
+	struct bpf_sock *sk;
+
+	// Inherited from the listener, where on_listen switched them on.
+	if (ctx->bpf_sock_ops_cb_flags & BPF_SOCK_OPS_STATE_CB_FLAG)
+		set_state_callbacks(ctx, false);
+	if (!is_proxy_port(pod, ctx->local_port))
+		return;
+	ends(ctx, &key.daddr, &key.saddr);
+	key.sport = bpf_htons(bpf_ntohl(ctx->remote_port));
+	key.dport = bpf_htons(ctx->local_port);
+
+	h = bpf_map_lookup_elem(&inflight, &key);
+	if (h) {
+		init.dst = h->dst;
+		init.port = h->port;
+	} else if (is_local(cookie, &key.saddr)) {
+		init.flags = SOCKET_LOST;
+		failed(cookie, PLACE_ACCEPT_NO_ENTRY, -ENOENT);
+	} else {
+		init.dst = key.daddr;
+		init.port = key.dport;
+	}
+	sk = ctx->sk;
+	if (!sk || !bpf_sk_storage_get(&sockets, sk, &init, BPF_SK_STORAGE_GET_F_CREATE))
+		failed(cookie, PLACE_ACCEPT_STORAGE, -EAGAIN); // getsockopt knows by its absence
+	if (h)
+		forget(cookie, &key);
+}
+
+// on_state: a connecting socket that has noted a handshake changes its state.
+// The note goes when the socket closes before the proxy's end came to be; while
+// the proxy's backlog is full, that may be long after connect succeeded.
+static __always_inline void on_state(struct bpf_sock_ops *ctx, __u64 cookie, const struct pod *pod)
+{
+	__u16 port = bpf_ntohl(ctx->remote_port);
+	struct tuple key = { .cookie = cookie };
+	struct handshake *h;
+	struct sock_state *st;
+	struct bpf_sock *sk;
+
+	if (ctx->args[1] == BPF_TCP_ESTABLISHED || !is_proxy_port(pod, port))
+		return;
+	ends(ctx, &key.saddr, &key.daddr);
+	key.sport = bpf_htons(ctx->local_port);
+	key.dport = bpf_htons(port);
+	h = bpf_map_lookup_elem(&inflight, &key);
+	if (h && h->owner == bpf_get_socket_cookie(ctx)) {
+		if (ctx->args[1] == BPF_TCP_CLOSE)
+			forget(cookie, &key);
+		return;
+	}
+	// Nothing left to watch for.
+	sk = ctx->sk;
+	st = sk ? bpf_sk_storage_get(&sockets, sk, 0, 0) : 0;
+	if (st && (st->flags & SOCKET_WATCHED)) {
+		st->flags &= ~SOCKET_WATCHED;
+		set_state_callbacks(ctx, false);
+	}
+}
+
+SEC("sockops")
+int shunt_sockops(struct bpf_sock_ops *ctx)
+{
+	struct pod *pod;
+	__u32 kind, op = ctx->op;
+	__u64 cookie;
+
+	if (op != BPF_SOCK_OPS_TCP_LISTEN_CB && op != BPF_SOCK_OPS_TCP_CONNECT_CB &&
+	    op != BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB && op != BPF_SOCK_OPS_STATE_CB)
+		return 1;
+	cookie = bpf_get_netns_cookie(ctx);
+	pod = bpf_map_lookup_elem(&pods, &cookie);
+	if (!pod)
+		return 1;
+	switch (op) {
+	case BPF_SOCK_OPS_TCP_LISTEN_CB:
+		kind = listener_kind_of(ctx, pod);
+		if (kind < LISTENER_KINDS)
+			on_listen(ctx, cookie, kind);
+		break;
+	case BPF_SOCK_OPS_TCP_CONNECT_CB:
+		on_connect(ctx, cookie, pod);
+		break;
+	case BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB:
+		on_accept(ctx, cookie, pod);
+		break;
+	case BPF_SOCK_OPS_STATE_CB:
+		if (ctx->args[0] != BPF_TCP_LISTEN) {
+			on_state(ctx, cookie, pod);
+			break;
+		}
+		kind = listener_kind_of(ctx, pod);
+		if (kind < LISTENER_KINDS)
+			on_unlisten(ctx, cookie, kind);
+		break;
+	}
+	return 1;
+}
+
+// --------------------------------------------------------------- getsockopt
+
+// answer writes a socket address in the form of the level that was asked.
+static __always_inline int answer(struct bpf_sockopt *ctx, const struct addr *a, __be16 port)
+{
+	if (ctx->level == SOL_IP) {
+		struct sockaddr_in *sin = ctx->optval;
+
+		if (!is_mapped(a) || (void *)(sin + 1) > ctx->optval_end)
+			return ALLOW; // what the kernel said stands
+		__builtin_memset(sin, 0, sizeof(*sin));
+		sin->sin_family = AF_INET;
+		sin->sin_port = port;
+		sin->sin_addr.s_addr = a->w[3];
+		ctx->optlen = sizeof(*sin);
+	} else {
+		struct sockaddr_in6 *sin6 = ctx->optval;
+
+		if ((void *)(sin6 + 1) > ctx->optval_end)
+			return ALLOW;
+		__builtin_memset(sin6, 0, sizeof(*sin6));
+		sin6->sin6_family = AF_INET6;
+		sin6->sin6_port = port;
+		__builtin_memcpy(&sin6->sin6_addr, a, sizeof(*a));
+		ctx->optlen = sizeof(*sin6);
+	}
+	ctx->retval = 0; // the kernel's own handler has usually failed
+	return ALLOW;
+}
+
+SEC("cgroup/getsockopt")
+int shunt_getsockopt(struct bpf_sockopt *ctx)
+{
+	struct bpf_sock *sk = ctx->sk;
+	struct sock_state *st;
+	struct pod *pod;
+	struct addr a;
+	__u64 cookie;
+
+	if (ctx->optname != SO_ORIGINAL_DST || (ctx->level != SOL_IP && ctx->level != SOL_IPV6)) {
+		// Before Linux 6.5 a longer buffer makes the call fail unless it
+		// is left alone: optlen 0 says so.
+		if (ctx->optlen > PAGE)
+			ctx->optlen = 0;
+		return ALLOW;
+	}
+	if (!sk || sk->protocol != IPPROTO_TCP || (ctx->level == SOL_IPV6 && sk->family != AF_INET6))
+		return ALLOW;
+	if (sk->state == BPF_TCP_LISTEN || sk->state == BPF_TCP_CLOSE || sk->state == BPF_TCP_SYN_SENT)
+		return ALLOW;
+	cookie = bpf_get_netns_cookie(ctx);
+	pod = bpf_map_lookup_elem(&pods, &cookie);
+	if (!pod)
+		return ALLOW;
+
+	st = bpf_sk_storage_get(&sockets, sk, 0, 0);
+	if (st && (st->flags & (SOCKET_REDIRECTED | SOCKET_ACCEPTED)))
+		return answer(ctx, &st->dst, st->port);
+	if ((st && (st->flags & SOCKET_LOST)) || is_proxy_port(pod, sk->src_port))
+		return deny(cookie, PLACE_GETSOCKOPT_LOST, -ENOENT);
+	if (ctx->retval == 0)
+		return ALLOW; // connection tracking is on and knows
+
+	// Not redirected by rewriting: sk_lookup and direct connections keep
+	// the destination as the accepted socket's own address.
+	if (sk->family == AF_INET)
+		a = mapped(sk->src_ip4);
+	else
+		a = words(sk->src_ip6);
+	return answer(ctx, &a, bpf_htons(sk->src_port));
+}
+
+// ---------------------------------------------------------------- sk_lookup
+
+// own_cookie is the pod's netns cookie: a placeholder until the loader puts the
+// number in its place, in each pod's own copy of the program.
+static __always_inline __u64 own_cookie(void)
+{
+	__u64 cookie;
+
+	asm volatile("%0 = 0x4f574e434f4f4b49 ll" : "=r"(cookie));
+	return cookie;
+}
+
+static __always_inline bool assign(struct bpf_sk_lookup *ctx, const struct pod_state *c, __u64 cookie, __u32 kind)
+{
+	struct listener_key key = { .cookie = cookie, .kind = kind, .slot = c->current[kind] };
+	struct bpf_sock *sk = bpf_map_lookup_elem(&listeners, &key);
+	long err;
+
+	if (!sk)
+		return false;
+	// Refuses an IPV6_V6ONLY listener for an IPv4 connection.
+	err = bpf_sk_assign(ctx, sk, 0);
+	bpf_sk_release(sk);
+	return !err;
+}
+
+SEC("sk_lookup")
+int shunt_sk_lookup(struct bpf_sk_lookup *ctx)
+{
+	__u64 cookie = own_cookie();
+	struct pod_state *c;
+	struct pod *pod;
+	enum rule rule;
+	__u32 listed;
+
+	if (ctx->protocol != IPPROTO_TCP)
+		return SK_PASS;
+	// What comes by lo is the pod's own; 0 is a look-up by a BPF program,
+	// not a packet.
+	if (ctx->ingress_ifindex <= LOOPBACK_IFINDEX)
+		return SK_PASS;
+	pod = bpf_map_lookup_elem(&pods, &cookie);
+	c = bpf_map_lookup_elem(&states, &cookie);
+	if (!pod || !c) {
+		failed(cookie, PLACE_NO_POD, -ENOENT);
+		return SK_DROP;
+	}
+
+	listed = (pod->flags & POD_IN_PORTS) ? port_flags(cookie, DIR_IN, ctx->local_port) : 0;
+	if (ctx->local_port == pod->tunnel_port)
+		rule = RULE_IN_TUNNEL;
+	else if (pod->flags & POD_IN_ALL)
+		rule = (listed & PORT_EXCLUDE) ? RULE_IN_EXCLUDE_PORT : RULE_IN_INCLUDE;
+	else
+		rule = (listed & PORT_INCLUDE) ? RULE_IN_INCLUDE : RULE_IN_DEFAULT;
+	count(c, rule);
+	if (rule != RULE_IN_INCLUDE)
+		return SK_PASS;
+
+	// In the kernel's own order: the exact address before the wildcard, the
+	// family's own sockets before dual-stack ones.
+	if (ctx->family == AF_INET) {
+		if (assign(ctx, c, cookie, LISTENER_POD4) || assign(ctx, c, cookie, LISTENER_ANY4))
+			return SK_PASS;
+	} else if (assign(ctx, c, cookie, LISTENER_POD6)) {
+		return SK_PASS;
+	}
+	if (assign(ctx, c, cookie, LISTENER_ANY6))
+		return SK_PASS;
+	failed(cookie, PLACE_LISTENER_NONE, -ENOENT);
+	return SK_DROP; // the client gets a RST
+}
