@@ -97,7 +97,7 @@ type Policy struct {
 // and does not count.
 func (p *Policy) IncludesLoopback() bool {
 	return slices.ContainsFunc(p.IncludeOutbound.List, func(c netip.Prefix) bool {
-		return c.Bits() >= loopbackNet4.Bits() && loopbackNet4.Contains(c.Addr()) ||
-			c == netip.PrefixFrom(loopback6, loopback6.BitLen())
+		// Masked, a wider prefix than 127.0.0.0/8 does not begin in it.
+		return loopbackNet4.Contains(c.Addr()) || c == netip.PrefixFrom(loopback6, loopback6.BitLen())
 	})
 }

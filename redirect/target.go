@@ -4,6 +4,7 @@ package redirect
 
 import (
 	"context"
+	"errors"
 	"net/netip"
 )
 
@@ -31,13 +32,17 @@ type PodRef struct {
 	Namespace, Name, UID string
 }
 
+// ErrNotProgrammed says that a backend knows nothing of an attachment.
+var ErrNotProgrammed = errors.New("nothing is programmed")
+
 // A Backend makes a Policy so in one pod, and undoes it. Every method may be
 // repeated, in any order, after a crash at any point.
 type Backend interface {
 	// Apply programs the target. On error nothing is left programmed.
 	Apply(ctx context.Context, t Target, p *Policy) error
 	// Check fails where the programming of the target is missing or differs
-	// from what Apply made, and names what.
+	// from what Apply made, and names what; with ErrNotProgrammed where Apply
+	// made nothing.
 	Check(ctx context.Context, t Target) error
 	// Remove undoes Apply. It needs neither the netns nor the policy and
 	// succeeds when there is nothing to do.
