@@ -1162,6 +1162,7 @@ SEC("sk_lookup")
 int shunt_sk_lookup(struct bpf_sk_lookup *ctx)
 {
 	__u64 cookie = own_cookie();
+	struct addr remote;
 	struct pod_state *c;
 	struct pod *pod;
 	enum rule rule;
@@ -1170,8 +1171,13 @@ int shunt_sk_lookup(struct bpf_sk_lookup *ctx)
 	if (ctx->protocol != IPPROTO_TCP)
 		return SK_PASS;
 	// What comes by lo is the pod's own; 0 is a look-up by a BPF program,
-	// not a packet.
+	// not a packet. For IPv4 the interface is that of the route, which for
+	// the pod's own address is where that address lies: the source tells,
+	// which the kernel lets nobody outside use.
 	if (ctx->ingress_ifindex <= LOOPBACK_IFINDEX)
+		return SK_PASS;
+	remote = ctx->family == AF_INET ? mapped(ctx->remote_ip4) : words(ctx->remote_ip6);
+	if (is_local(cookie, &remote))
 		return SK_PASS;
 	pod = bpf_map_lookup_elem(&pods, &cookie);
 	c = bpf_map_lookup_elem(&states, &cookie);

@@ -1,0 +1,553 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package loader
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"reflect"
+	"strconv"
+
+	"github.com/cilium/ebpf"
+	"golang.org/x/sys/unix"
+
+	"shunt.dev/shunt/bpf"
+)
+
+// Names of the folders in BPFDir that hold links: six to a cgroup, by its id;
+// one to a netns, by its cookie.
+const (
+	cgroupLinks = "cgroups"
+	netnsLinks  = "netns"
+)
+
+// hooks are the programs that are linked to a pod's cgroup.
+//
+// All are linked as BPF_F_ALLOW_MULTI: the kernel runs them before those of
+// ancestors, and leaves other people's alone.
+var hooks = []struct {
+	program string
+	attach  ebpf.AttachType
+}{
+	{bpf.ShuntProgShuntSockops, ebpf.AttachCGroupSockOps},
+	{bpf.ShuntProgShuntGetsockopt, ebpf.AttachCGroupGetsockopt},
+	{bpf.ShuntProgShuntGetpeername4, ebpf.AttachCgroupInet4GetPeername},
+	{bpf.ShuntProgShuntGetpeername6, ebpf.AttachCgroupInet6GetPeername},
+	{bpf.ShuntProgShuntConnect4, ebpf.AttachCGroupInet4Connect},
+	{bpf.ShuntProgShuntConnect6, ebpf.AttachCGroupInet6Connect},
+}
+
+// Attach programs a pod: its network namespace ns, whose processes are in the
+// cgroup2 directory cgroup, by rules. Repeating it mends what is missing and
+// replaces what differs. On error nothing of the attachment is left.
+func (d *Datapath) Attach(id ID, pod PodRef, ns *Netns, nsPath, cgroup string, rules Rules) (err error) {
+	boot, err := bootID()
+	if err != nil {
+		return err
+	}
+	cg, err := os.Open(cgroup)
+	if err != nil {
+		return fmt.Errorf("open the pod's cgroup: %w", err)
+	}
+	defer cg.Close()
+	var st unix.Stat_t
+	if err := unix.Fstat(int(cg.Fd()), &st); err != nil {
+		return fmt.Errorf("stat the pod's cgroup: %w", err)
+	}
+	r := &Record{
+		ID: id, BootID: boot, Build: filepath.Base(d.dir), Pod: pod,
+		Cookie: ns.Cookie, NetnsIno: ns.Inode, Netns: nsPath,
+		Cgroup: cgroup, CgroupID: st.Ino, Rules: rules,
+	}
+
+	old, err := d.readRecord(id)
+	if err != nil {
+		return err
+	}
+	if old != nil && (old.BootID != r.BootID || old.Cookie != r.Cookie || old.CgroupID != r.CgroupID || old.Build != r.Build) {
+		if err := d.undo(old); err != nil {
+			return fmt.Errorf("undo an earlier attachment of the same id: %w", err)
+		}
+		old = nil
+	}
+
+	// From here on the record says what may have been done.
+	if err := d.writeRecord(r); err != nil {
+		return err
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, d.undo(r))
+		}
+	}()
+	if err := d.claim(cgroupUsers, strconv.FormatUint(r.CgroupID, 10), id); err != nil {
+		return err
+	}
+	if err := d.claim(netnsUsers, strconv.FormatUint(r.Cookie, 10), id); err != nil {
+		return err
+	}
+	if err := ns.addPassthrough(); err != nil {
+		return err
+	}
+	if err := d.writeRules(r); err != nil {
+		return err
+	}
+	if old != nil {
+		if err := d.removeRules(r.Cookie, stale(&old.Rules, &r.Rules)); err != nil {
+			return err
+		}
+	}
+	if err := d.linkCgroup(r, fd(cg.Fd())); err != nil {
+		return err
+	}
+	return d.linkNetns(r, fd(ns.file.Fd()))
+}
+
+// stale is the part of old whose keys are not in now.
+func stale(old, now *Rules) *Rules {
+	out := new(Rules)
+	dests := map[any]bool{}
+	for _, e := range now.Dests {
+		dests[e.Prefix] = true
+	}
+	for _, e := range old.Dests {
+		if !dests[e.Prefix] {
+			out.Dests = append(out.Dests, e)
+		}
+	}
+	ports := map[bpf.ShuntPortKey]bool{}
+	for _, e := range now.Ports {
+		ports[e.key(0)] = true
+	}
+	for _, e := range old.Ports {
+		if !ports[e.key(0)] {
+			out.Ports = append(out.Ports, e)
+		}
+	}
+	return out
+}
+
+// writeRules fills the maps. The pod's own entry comes last: the programs
+// begin with it.
+func (d *Datapath) writeRules(r *Record) error {
+	dests, err := d.object(bpf.ShuntMapDests)
+	if err != nil {
+		return err
+	}
+	for _, e := range r.Rules.Dests {
+		k, v := e.key(r.Cookie), e.value()
+		if err := update(dests, &k, &v, updateAny); err != nil {
+			return full("prefix "+e.Prefix.String(), err)
+		}
+	}
+	if len(r.Rules.Ports) > 0 {
+		ports, err := d.object(bpf.ShuntMapPorts)
+		if err != nil {
+			return err
+		}
+		for _, e := range r.Rules.Ports {
+			k, v := e.key(r.Cookie), uint32(e.Flags)
+			if err := update(ports, &k, &v, updateAny); err != nil {
+				return full(fmt.Sprintf("port %d/%d", e.Port, e.Bits), err)
+			}
+		}
+	}
+	states, err := d.object(bpf.ShuntMapStates)
+	if err != nil {
+		return err
+	}
+	var state bpf.ShuntPodState
+	if err := update(states, &r.Cookie, &state, updateNoExist); err != nil && !errors.Is(err, unix.EEXIST) {
+		return full("pod state", err)
+	}
+	pods, err := d.object(bpf.ShuntMapPods)
+	if err != nil {
+		return err
+	}
+	pod := r.Rules.pod()
+	if err := update(pods, &r.Cookie, &pod, updateAny); err != nil {
+		return full("pod", err)
+	}
+	return nil
+}
+
+// full says which entry did not fit: a policy is never cut short.
+func full(what string, err error) error {
+	if errors.Is(err, unix.E2BIG) || errors.Is(err, unix.ENOSPC) {
+		return fmt.Errorf("write %s: the map is full with the entries of this node's pods: %w", what, err)
+	}
+	return fmt.Errorf("write %s: %w", what, err)
+}
+
+// removeRules deletes list entries.
+func (d *Datapath) removeRules(cookie uint64, rules *Rules) error {
+	var errs []error
+	if len(rules.Dests) > 0 {
+		m, err := d.object(bpf.ShuntMapDests)
+		if err != nil {
+			return err
+		}
+		for _, e := range rules.Dests {
+			k := e.key(cookie)
+			errs = append(errs, remove(m, &k))
+		}
+	}
+	if len(rules.Ports) > 0 {
+		m, err := d.object(bpf.ShuntMapPorts)
+		if err != nil {
+			return err
+		}
+		for _, e := range rules.Ports {
+			k := e.key(cookie)
+			errs = append(errs, remove(m, &k))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// linkCgroup makes sure that each hook is linked once to the pod's cgroup. A
+// recreated sandbox finds its predecessor's links there: the programs tell pods
+// by their netns, so it uses the same. A second set would run every program
+// twice.
+func (d *Datapath) linkCgroup(r *Record, cgroup fd) error {
+	dir := filepath.Join(d.opts.BPFDir, cgroupLinks, strconv.FormatUint(r.CgroupID, 10))
+	fresh, err := makeDir(dir)
+	if err != nil {
+		return fmt.Errorf("make a folder for links: %w", err)
+	}
+	for _, h := range hooks {
+		prog, err := d.object(h.program)
+		if err != nil {
+			return err
+		}
+		ok := func(l *linkInfo) bool { id, at := l.cgroupTarget(); return id == r.CgroupID && at == h.attach }
+		if err := link(filepath.Join(dir, h.program), fresh, prog, cgroup, h.attach, ok); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// makeDir makes a directory and the parent it lies in; it says whether the
+// directory was not there before.
+func makeDir(path string) (fresh bool, err error) {
+	err = os.Mkdir(path, 0o700)
+	if errors.Is(err, fs.ErrNotExist) {
+		if err = os.MkdirAll(filepath.Dir(path), 0o700); err == nil {
+			err = os.Mkdir(path, 0o700)
+		}
+	}
+	if errors.Is(err, fs.ErrExist) {
+		return false, nil
+	}
+	return err == nil, err
+}
+
+// link makes sure of a pinned link of prog to target. Where there may be one
+// already, ok tells whether its target is the right one.
+func link(path string, fresh bool, prog, target fd, attach ebpf.AttachType, ok func(*linkInfo) bool) error {
+	if !fresh {
+		good, err := linkIsGood(path, prog, ok)
+		if err != nil || good {
+			return err
+		}
+		if err := unlink(path); err != nil {
+			return err
+		}
+	}
+	l, err := createLink(prog, target, attach)
+	if err != nil {
+		return err
+	}
+	defer l.close()
+	return l.pin(path)
+}
+
+// linkIsGood reports whether the pinned link runs prog at the right target.
+func linkIsGood(path string, prog fd, ok func(*linkInfo) bool) (bool, error) {
+	l, err := getPin(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return false, nil
+	}
+	if err != nil {
+		return false, err
+	}
+	defer l.close()
+	li, err := info[linkInfo](l)
+	if err != nil {
+		return false, err
+	}
+	pi, err := info[progInfo](prog)
+	if err != nil {
+		return false, err
+	}
+	return li.progID == pi.id && ok(li), nil
+}
+
+// unlink detaches a pinned link at once, and removes its pin.
+func unlink(path string) error {
+	l, err := getPin(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	defer l.close()
+	if err := l.detach(); err != nil {
+		return fmt.Errorf("detach %s: %w", path, err)
+	}
+	return os.Remove(path)
+}
+
+// linkNetns makes sure that the pod's own sk_lookup program is linked to its
+// network namespace. A link that is there already is of this very build: the
+// node's datapath is loaded once, and others are cleared away with their pods.
+func (d *Datapath) linkNetns(r *Record, netns fd) error {
+	path := d.netnsLink(r.Cookie)
+	if l, err := getPin(path); err == nil {
+		defer l.close()
+		li, err := info[linkInfo](l)
+		if err != nil {
+			return err
+		}
+		if ino, _ := li.netnsTarget(); ino == r.NetnsIno {
+			return nil
+		}
+		if err := unlink(path); err != nil {
+			return err
+		}
+	} else if !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	code, err := bpf.SkLookup(r.Cookie, func(name string) (int, error) { f, err := d.object(name); return int(f), err })
+	if err != nil {
+		return err
+	}
+	prog, err := loadProgram(ebpf.SkLookup, ebpf.AttachSkLookup, bpf.SkLookupName, bpf.License, code)
+	if err != nil {
+		return err
+	}
+	defer prog.close()
+	l, err := createLink(prog, netns, ebpf.AttachSkLookup)
+	if err != nil {
+		return err
+	}
+	defer l.close()
+	err = l.pin(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		if _, err = makeDir(filepath.Dir(path)); err == nil {
+			err = l.pin(path)
+		}
+	}
+	return err
+}
+
+func (d *Datapath) netnsLink(cookie uint64) string {
+	return filepath.Join(d.opts.BPFDir, netnsLinks, strconv.FormatUint(cookie, 10))
+}
+
+// Remove undoes Attach, by the attachment's ID alone. It succeeds when there is
+// nothing to do.
+func Remove(ctx context.Context, opts Options, id ID) error {
+	probe := &Datapath{opts: opts}
+	// Unlocked, this is only a shortcut for pods that have nothing.
+	if _, err := os.Lstat(probe.recordPath(id)); errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	d, err := openForRemoval(ctx, opts)
+	if err != nil {
+		return err
+	}
+	defer d.Close()
+	r, err := d.readRecord(id)
+	if err != nil || r == nil {
+		return err
+	}
+	return d.undo(r)
+}
+
+// undo removes all that a record speaks of, and the record when all is gone.
+// Links go before the entries that their programs need. Every step is tried.
+func (d *Datapath) undo(r *Record) error {
+	boot, err := bootID()
+	if err != nil {
+		return err
+	}
+	cgroup, cookie := strconv.FormatUint(r.CgroupID, 10), strconv.FormatUint(r.Cookie, 10)
+	var errs []error
+	if boot == r.BootID {
+		d := d.ofBuild(r.Build)
+		if d != nil {
+			defer d.closeFDs()
+		}
+		others, err := d.others(netnsUsers, cookie, r.ID)
+		if errs = append(errs, err); err == nil && len(others) == 0 {
+			errs = append(errs, unlink(d.netnsLink(r.Cookie)))
+		}
+		last := len(others) == 0
+		others, err = d.others(cgroupUsers, cgroup, r.ID)
+		if errs = append(errs, err); err == nil && len(others) == 0 {
+			errs = append(errs, d.unlinkCgroup(cgroup))
+		}
+		if last {
+			errs = append(errs, d.removePod(r))
+		}
+	}
+	if err := errors.Join(errs...); err != nil {
+		return fmt.Errorf("undo attachment %v: %w", r.ID, err)
+	}
+	return errors.Join(
+		d.unclaim(netnsUsers, cookie, r.ID),
+		d.unclaim(cgroupUsers, cgroup, r.ID),
+		d.removeRecord(r.ID),
+	)
+}
+
+// ofBuild gives the datapath in another directory, for what lies in its maps.
+func (d *Datapath) ofBuild(build string) *Datapath {
+	return &Datapath{opts: d.opts, dir: filepath.Join(d.opts.BPFDir, build), fds: map[string]fd{}}
+}
+
+func (d *Datapath) closeFDs() {
+	for _, f := range d.fds {
+		f.close()
+	}
+}
+
+func (d *Datapath) unlinkCgroup(cgroup string) error {
+	dir := filepath.Join(d.opts.BPFDir, cgroupLinks, cgroup)
+	var errs []error
+	for _, h := range hooks {
+		errs = append(errs, unlink(filepath.Join(dir, h.program)))
+	}
+	if err := os.Remove(dir); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		errs = append(errs, err)
+	}
+	return errors.Join(errs...)
+}
+
+// removePod deletes a pod's map entries.
+func (d *Datapath) removePod(r *Record) error {
+	pods, err := d.object(bpf.ShuntMapPods)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil // the maps are gone, and all that was in them
+	}
+	if err != nil {
+		return err
+	}
+	states, err := d.object(bpf.ShuntMapStates)
+	if err != nil {
+		return err
+	}
+	return errors.Join(
+		remove(pods, &r.Cookie),
+		remove(states, &r.Cookie),
+		d.removeRules(r.Cookie, &r.Rules),
+	)
+}
+
+// ErrNotAttached says that an attachment has no record.
+var ErrNotAttached = errors.New("not attached")
+
+// Check compares what is in the kernel with what Attach made. It fails with
+// ErrNotAttached without a record, else with one error a difference.
+func Check(ctx context.Context, opts Options, id ID) error {
+	d, err := openForRemoval(ctx, opts)
+	if err != nil {
+		return err
+	}
+	defer d.Close()
+	r, err := d.readRecord(id)
+	if err != nil {
+		return err
+	}
+	if r == nil {
+		return fmt.Errorf("attachment %v: %w", id, ErrNotAttached)
+	}
+	boot, err := bootID()
+	if err != nil {
+		return err
+	}
+	if boot != r.BootID {
+		return fmt.Errorf("attachment %v: %w: its record is of an earlier boot", id, ErrNotAttached)
+	}
+	b := d.ofBuild(r.Build)
+	defer b.closeFDs()
+	return errors.Join(b.checkRules(r), b.checkLinks(r))
+}
+
+func (d *Datapath) checkRules(r *Record) error {
+	var errs []error
+	same := func(what string, err error, got, want any) {
+		if err != nil {
+			errs = append(errs, fmt.Errorf("%s is missing: %w", what, err))
+		} else if !reflect.DeepEqual(got, want) {
+			errs = append(errs, fmt.Errorf("%s differs: %+v, not %+v", what, got, want))
+		}
+	}
+	maps := map[string]fd{}
+	for _, name := range []string{bpf.ShuntMapPods, bpf.ShuntMapStates, bpf.ShuntMapDests, bpf.ShuntMapPorts} {
+		f, err := d.object(name)
+		if err != nil {
+			return err
+		}
+		maps[name] = f
+	}
+	var pod bpf.ShuntPod
+	same("the pod's entry", lookup(maps[bpf.ShuntMapPods], &r.Cookie, &pod), pod, r.Rules.pod())
+	var state bpf.ShuntPodState
+	if err := lookup(maps[bpf.ShuntMapStates], &r.Cookie, &state); err != nil {
+		errs = append(errs, fmt.Errorf("the pod's state is missing: %w", err))
+	}
+	// A look-up in a longest-prefix table may be answered by another entry
+	// than the one asked for; one that is gone shows by its flags then.
+	for _, e := range r.Rules.Dests {
+		var v bpf.ShuntDest
+		k := e.key(r.Cookie)
+		same("prefix "+e.Prefix.String(), lookup(maps[bpf.ShuntMapDests], &k, &v), v, e.value())
+	}
+	for _, e := range r.Rules.Ports {
+		var v uint32
+		k := e.key(r.Cookie)
+		same(fmt.Sprintf("port block %d/%d", e.Port, e.Bits), lookup(maps[bpf.ShuntMapPorts], &k, &v), bpf.ShuntPortFlag(v), e.Flags)
+	}
+	return errors.Join(errs...)
+}
+
+func (d *Datapath) checkLinks(r *Record) error {
+	var errs []error
+	dir := filepath.Join(d.opts.BPFDir, cgroupLinks, strconv.FormatUint(r.CgroupID, 10))
+	for _, h := range hooks {
+		prog, err := d.object(h.program)
+		if err != nil {
+			return err
+		}
+		good, err := linkIsGood(filepath.Join(dir, h.program), prog, func(l *linkInfo) bool {
+			id, at := l.cgroupTarget()
+			return id == r.CgroupID && at == h.attach
+		})
+		if errs = append(errs, err); err == nil && !good {
+			errs = append(errs, fmt.Errorf("%v is not attached to the pod's cgroup %s", h.attach, r.Cgroup))
+		}
+	}
+	l, err := getPin(d.netnsLink(r.Cookie))
+	if errors.Is(err, fs.ErrNotExist) {
+		return errors.Join(append(errs, fmt.Errorf("sk_lookup is not attached to the pod's network namespace"))...)
+	}
+	if err != nil {
+		return errors.Join(append(errs, err)...)
+	}
+	defer l.close()
+	li, err := info[linkInfo](l)
+	if errs = append(errs, err); err == nil {
+		if ino, _ := li.netnsTarget(); ino != r.NetnsIno {
+			errs = append(errs, fmt.Errorf("sk_lookup is not attached to the pod's network namespace (inode %d) but to inode %d", r.NetnsIno, ino))
+		}
+	}
+	return errors.Join(errs...)
+}

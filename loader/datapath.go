@@ -1,0 +1,274 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package loader
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"shunt.dev/shunt/bpf"
+)
+
+// Options say where a node's datapath lives.
+type Options struct {
+	BPFDir string // a directory in a bpffs, for pins; made, 0700, when missing
+	RunDir string // for the lock and the records of attachments; made, 0700, when missing
+	Log    *slog.Logger
+
+	// InflightLimit is how many handshakes with its proxy one pod may have
+	// under way at once; 0 is the default of the programs. It takes effect
+	// at the load.
+	InflightLimit uint32
+}
+
+// ErrOtherBuild says that pods use a datapath that another build of Shunt has
+// loaded, so that this build can't load its own.
+var ErrOtherBuild = errors.New("the datapath is of another build of shunt, and pods use it")
+
+// lockTimeout bounds the wait for other shunt processes on the node. A pod
+// takes about a millisecond.
+const lockTimeout = 20 * time.Second
+
+const bpffsRoot = "/sys/fs/bpf"
+
+// A Datapath is the node's loaded programs and maps, and the right to change
+// them: the node's lock is held from Open to Close.
+type Datapath struct {
+	opts    Options
+	dir     string // of the pinned maps and programs of this build
+	release func()
+	fds     map[string]fd // opened pins, by name
+}
+
+// Open takes the node's lock and loads the datapath, unless it is loaded.
+func Open(ctx context.Context, opts Options) (_ *Datapath, err error) {
+	d := &Datapath{opts: opts, dir: filepath.Join(opts.BPFDir, "datapath-"+bpf.Digest[:16]), fds: map[string]fd{}}
+	if err := os.MkdirAll(opts.RunDir, 0o700); err != nil {
+		return nil, err
+	}
+	ctx, cancel := context.WithTimeout(ctx, lockTimeout)
+	defer cancel()
+	d.release, err = lock(ctx, filepath.Join(opts.RunDir, "lock"))
+	if err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			d.Close()
+		}
+	}()
+	// The common case costs one look-up.
+	if _, err := os.Stat(d.dir); err == nil {
+		return d, nil
+	}
+	if err := d.makeBPFDir(); err != nil {
+		return nil, err
+	}
+	if err := d.removeOtherBuilds(); err != nil {
+		return nil, err
+	}
+	if err := d.load(); err != nil {
+		return nil, fmt.Errorf("load the datapath: %w", err)
+	}
+	return d, nil
+}
+
+// openForRemoval is Open without the load: what is not there needs no removal.
+func openForRemoval(ctx context.Context, opts Options) (_ *Datapath, err error) {
+	d := &Datapath{opts: opts, fds: map[string]fd{}}
+	ctx, cancel := context.WithTimeout(ctx, lockTimeout)
+	defer cancel()
+	d.release, err = lock(ctx, filepath.Join(opts.RunDir, "lock"))
+	return d, err
+}
+
+// Close releases the node's lock.
+func (d *Datapath) Close() {
+	for name, f := range d.fds {
+		f.close()
+		delete(d.fds, name)
+	}
+	if d.release != nil {
+		d.release()
+		d.release = nil
+	}
+}
+
+// object opens a pinned map or program of this build.
+func (d *Datapath) object(name string) (fd, error) {
+	if f, ok := d.fds[name]; ok {
+		return f, nil
+	}
+	f, err := getPin(filepath.Join(d.dir, name))
+	if err != nil {
+		return -1, err
+	}
+	d.fds[name] = f
+	return f, nil
+}
+
+// makeBPFDir makes BPFDir, and mounts a bpffs at the usual place when it is
+// meant to lie there and none is.
+func (d *Datapath) makeBPFDir() error {
+	parent := d.opts.BPFDir
+	for {
+		if _, err := os.Stat(parent); err == nil {
+			break
+		} else if !errors.Is(err, fs.ErrNotExist) {
+			return fmt.Errorf("bpfDir: %w", err)
+		}
+		parent = filepath.Dir(parent)
+	}
+	var st unix.Statfs_t
+	if err := unix.Statfs(parent, &st); err != nil {
+		return fmt.Errorf("bpfDir: statfs %s: %w", parent, err)
+	}
+	if st.Type != unix.BPF_FS_MAGIC {
+		if !strings.HasPrefix(d.opts.BPFDir+"/", bpffsRoot+"/") {
+			return fmt.Errorf("bpfDir: %s is not in a bpffs: mount one (mount -t bpf bpf %s)", d.opts.BPFDir, filepath.Dir(d.opts.BPFDir))
+		}
+		if err := unix.Mount("bpf", bpffsRoot, "bpf", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, "mode=0700"); err != nil {
+			return fmt.Errorf("bpfDir: no bpffs is mounted at %s, and mounting one fails: %w", bpffsRoot, err)
+		}
+	}
+	if err := os.MkdirAll(d.opts.BPFDir, 0o700); err != nil {
+		return fmt.Errorf("bpfDir: %w", err)
+	}
+	return nil
+}
+
+// removeOtherBuilds clears away datapaths of other builds, and loads that were
+// not finished. One that pods use stays, and is an error.
+func (d *Datapath) removeOtherBuilds() error {
+	entries, err := os.ReadDir(d.opts.BPFDir)
+	if err != nil {
+		return fmt.Errorf("bpfDir: %w", err)
+	}
+	for _, e := range entries {
+		name := e.Name()
+		if !strings.HasPrefix(name, "datapath-") && !strings.HasPrefix(name, "load-") {
+			continue
+		}
+		if strings.HasPrefix(name, "datapath-") {
+			if used, err := d.inUse(); err != nil {
+				return err
+			} else if used != "" {
+				return fmt.Errorf("%w: %s is in %s while this build is %s; use that build, or drain the node (%s first)",
+					ErrOtherBuild, name, d.opts.BPFDir, filepath.Base(d.dir), used)
+			}
+		}
+		if err := os.RemoveAll(filepath.Join(d.opts.BPFDir, name)); err != nil {
+			return fmt.Errorf("remove unused datapath: %w", err)
+		}
+	}
+	return nil
+}
+
+// inUse names something that is attached to a pod.
+func (d *Datapath) inUse() (string, error) {
+	for _, kind := range []string{cgroupLinks, netnsLinks} {
+		entries, err := os.ReadDir(filepath.Join(d.opts.BPFDir, kind))
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return "", err
+		}
+		if len(entries) > 0 {
+			return filepath.Join(kind, entries[0].Name()), nil
+		}
+	}
+	return "", nil
+}
+
+// load loads everything into the kernel and pins it in a temporary directory.
+// The last step gives that its name: until then nothing has happened that
+// removeOtherBuilds would not clear away.
+func (d *Datapath) load() (err error) {
+	start := time.Now()
+	objs, err := d.loadObjects()
+	if err != nil {
+		return err
+	}
+	defer objs.Close()
+	// bpffs refuses names with a dot.
+	tmp := filepath.Join(d.opts.BPFDir, fmt.Sprintf("load-%d", os.Getpid()))
+	if err := os.Mkdir(tmp, 0o700); err != nil {
+		return err
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, os.RemoveAll(tmp))
+		}
+	}()
+	for name, o := range pinned(objs) {
+		if err := o.Pin(filepath.Join(tmp, name)); err != nil {
+			return err
+		}
+	}
+	if err := os.Rename(tmp, d.dir); err != nil {
+		return err
+	}
+	d.opts.Log.Info("datapath loaded", "dir", d.dir, "took", time.Since(start))
+	return nil
+}
+
+type pinner interface{ Pin(string) error }
+
+func pinned(o *bpf.ShuntObjects) map[string]pinner {
+	return map[string]pinner{
+		bpf.ShuntMapPods:               o.Pods,
+		bpf.ShuntMapDests:              o.Dests,
+		bpf.ShuntMapPorts:              o.Ports,
+		bpf.ShuntMapStates:             o.States,
+		bpf.ShuntMapErrors:             o.Errors,
+		bpf.ShuntMapSockets:            o.Sockets,
+		bpf.ShuntMapInflight:           o.Inflight,
+		bpf.ShuntMapListeners:          o.Listeners,
+		bpf.ShuntProgShuntConnect4:     o.ShuntConnect4,
+		bpf.ShuntProgShuntConnect6:     o.ShuntConnect6,
+		bpf.ShuntProgShuntGetpeername4: o.ShuntGetpeername4,
+		bpf.ShuntProgShuntGetpeername6: o.ShuntGetpeername6,
+		bpf.ShuntProgShuntGetsockopt:   o.ShuntGetsockopt,
+		bpf.ShuntProgShuntSockops:      o.ShuntSockops,
+	}
+}
+
+// loadObjects loads the collection. The sk_lookup program in it serves no pod:
+// loading it shows at once whether a pod's own would be accepted.
+func (d *Datapath) loadObjects() (*bpf.ShuntObjects, error) {
+	// bpf_set_retval is there since Linux 5.18 (commit b44123b4a3dc). What
+	// it does can be done without: try with it first.
+	var first error
+	for _, haveSetRetval := range []bool{true, false} {
+		spec, err := bpf.LoadShunt()
+		if err != nil {
+			return nil, err
+		}
+		if err := spec.Variables[bpf.ShuntVarHaveSetRetval].Set(haveSetRetval); err != nil {
+			return nil, err
+		}
+		if d.opts.InflightLimit != 0 {
+			if err := spec.Variables[bpf.ShuntVarInflightLimit].Set(d.opts.InflightLimit); err != nil {
+				return nil, err
+			}
+		}
+		objs := new(bpf.ShuntObjects)
+		if err = spec.LoadAndAssign(objs, nil); err == nil {
+			return objs, nil
+		}
+		if errors.Is(err, unix.EPERM) {
+			return nil, fmt.Errorf("%w (CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON, or CAP_SYS_ADMIN, are needed)", err)
+		}
+		if first == nil {
+			first = err
+		}
+	}
+	return nil, first
+}

@@ -1,0 +1,53 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package loader
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+
+	"golang.org/x/sys/unix"
+)
+
+// lock takes the node's lock: whoever holds it is alone in changing pins,
+// records and links. The kernel releases it when the process ends, however it
+// ends. It waits until ctx is done.
+func lock(ctx context.Context, path string) (release func(), err error) {
+	f, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR|unix.O_CLOEXEC|unix.O_NOFOLLOW, 0o600)
+	if err != nil {
+		return nil, fmt.Errorf("open the node's lock: %w", err)
+	}
+	release = func() { f.Close() }
+	err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+	if err == nil {
+		return release, nil
+	}
+	if !errors.Is(err, unix.EWOULDBLOCK) {
+		release()
+		return nil, fmt.Errorf("lock %s: %w", path, err)
+	}
+	// The kernel queues those who wait; polling would not be fair.
+	done := make(chan error, 1)
+	go func() {
+		for {
+			err := unix.Flock(int(f.Fd()), unix.LOCK_EX)
+			if !errors.Is(err, unix.EINTR) {
+				done <- err
+				return
+			}
+		}
+	}()
+	select {
+	case err = <-done:
+		if err != nil {
+			release()
+			return nil, fmt.Errorf("lock %s: %w", path, err)
+		}
+		return release, nil
+	case <-ctx.Done():
+		go func() { <-done; f.Close() }()
+		return nil, fmt.Errorf("wait for %s, held by another shunt process: %w", path, context.Cause(ctx))
+	}
+}

@@ -1,0 +1,276 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package loader
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"runtime"
+	"slices"
+
+	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netns"
+	"golang.org/x/sys/unix"
+)
+
+// passthrough6 is the address from which the proxy talks to its own app over
+// IPv6. Its IPv4 counterpart, 127.0.0.6, is there without being put on lo.
+var passthrough6 = netip.MustParsePrefix("::6/128")
+
+// A Netns is a pod's network namespace, looked at once.
+type Netns struct {
+	file *os.File
+	// Cookie names the namespace until reboot; it is never used again.
+	Cookie uint64
+	// Inode is the number by which /proc and the kernel's link info know it.
+	Inode uint32
+	// Addrs are the addresses on its interfaces, without 127.0.0.0/8 and
+	// ::1, in the kernel's order.
+	Addrs []netip.Addr
+	// Sources says which source address the kernel takes towards a
+	// destination. It is empty where the pod has no choice: one global
+	// address of a family.
+	Sources []Source
+}
+
+// A Source is the address that the kernel takes towards destinations in Prefix;
+// of several that fit, the longest prefix decides.
+type Source struct {
+	Prefix netip.Prefix
+	Addr   netip.Addr
+}
+
+// ErrHostNetns says that a network namespace is the host's own, which is never
+// programmed.
+var ErrHostNetns = errors.New("it is the host's own network namespace")
+
+// OpenNetns looks at the network namespace at path. It changes nothing in it.
+func OpenNetns(path string) (_ *Netns, err error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, fmt.Errorf("open network namespace: %w", err)
+	}
+	n := &Netns{file: f}
+	defer func() {
+		if err != nil {
+			n.Close()
+			err = fmt.Errorf("network namespace %s: %w", path, err)
+		}
+	}()
+	var st unix.Stat_t
+	if err := unix.Fstat(int(f.Fd()), &st); err != nil {
+		return nil, err
+	}
+	n.Inode = uint32(st.Ino)
+	for _, own := range []string{"/proc/1/ns/net", "/proc/self/ns/net"} {
+		var host unix.Stat_t
+		if err := unix.Stat(own, &host); err == nil && host.Ino == st.Ino && host.Dev == st.Dev {
+			return nil, ErrHostNetns
+		}
+	}
+	h, err := n.handle()
+	if err != nil {
+		return nil, err
+	}
+	defer h.Close()
+	if err := n.readAddrs(h); err != nil {
+		return nil, err
+	}
+	return n, n.readSources(h)
+}
+
+// Close lets go of the namespace.
+func (n *Netns) Close() error { return n.file.Close() }
+
+// handle opens a netlink socket in the namespace, and asks it for the
+// namespace's cookie.
+func (n *Netns) handle() (*netlink.Handle, error) {
+	if n.Cookie == 0 {
+		if err := n.readCookie(); err != nil {
+			return nil, err
+		}
+	}
+	h, err := netlink.NewHandleAt(netns.NsHandle(n.file.Fd()), unix.NETLINK_ROUTE)
+	if err != nil {
+		return nil, fmt.Errorf("open netlink: %w", err)
+	}
+	return h, nil
+}
+
+func (n *Netns) readCookie() error {
+	return n.do(func() error {
+		s, err := unix.Socket(unix.AF_UNIX, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+		if err != nil {
+			return fmt.Errorf("open a socket: %w", err)
+		}
+		defer unix.Close(s)
+		n.Cookie, err = unix.GetsockoptUint64(s, unix.SOL_SOCKET, unix.SO_NETNS_COOKIE)
+		if err != nil {
+			// Linux 5.14, commit e8b9eab99232.
+			return fmt.Errorf("get its cookie (since Linux 5.14): %w", err)
+		}
+		return nil
+	})
+}
+
+// do runs fn on a thread inside the namespace.
+func (n *Netns) do(fn func() error) error {
+	runtime.LockOSThread()
+	own, err := netns.Get()
+	if err != nil {
+		runtime.UnlockOSThread()
+		return fmt.Errorf("get own network namespace: %w", err)
+	}
+	defer own.Close()
+	if err := unix.Setns(int(n.file.Fd()), unix.CLONE_NEWNET); err != nil {
+		runtime.UnlockOSThread()
+		return fmt.Errorf("enter: %w", err)
+	}
+	defer func() {
+		// A thread that can't come back is left locked: it dies with its
+		// goroutine rather than serve others from the wrong place.
+		if netns.Set(own) == nil {
+			runtime.UnlockOSThread()
+		}
+	}()
+	return fn()
+}
+
+func (n *Netns) readAddrs(h *netlink.Handle) error {
+	list, err := retryDump(func() ([]netlink.Addr, error) { return h.AddrList(nil, netlink.FAMILY_ALL) })
+	if err != nil {
+		return fmt.Errorf("list addresses: %w", err)
+	}
+	for _, a := range list {
+		ip, ok := netip.AddrFromSlice(a.IP)
+		if ip = ip.Unmap(); ok && !ip.IsLoopback() {
+			n.Addrs = append(n.Addrs, ip)
+		}
+	}
+	return nil
+}
+
+// retryDump repeats a netlink dump that a change interrupted.
+func retryDump[T any](dump func() ([]T, error)) (out []T, err error) {
+	for range 5 {
+		if out, err = dump(); !errors.Is(err, netlink.ErrDumpInterrupted) {
+			return out, err
+		}
+	}
+	return out, err
+}
+
+// First returns the pod's first global address of a family, the one that the
+// kernel takes as source where it has no better reason; invalid without one.
+func (n *Netns) First(ipv4 bool) netip.Addr {
+	for _, a := range n.Addrs {
+		if a.Is4() == ipv4 && isGlobal(a) {
+			return a
+		}
+	}
+	return netip.Addr{}
+}
+
+func isGlobal(a netip.Addr) bool {
+	return !a.IsLinkLocalUnicast() && a != passthrough6.Addr()
+}
+
+// readSources asks the kernel, route by route, which source it takes, where a
+// family has more than one global address.
+func (n *Netns) readSources(h *netlink.Handle) error {
+	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
+		ipv4 := family == netlink.FAMILY_V4
+		var own []netip.Addr
+		for _, a := range n.Addrs {
+			if a.Is4() == ipv4 && isGlobal(a) {
+				own = append(own, a)
+			}
+		}
+		if len(own) < 2 {
+			continue
+		}
+		routes, err := retryDump(func() ([]netlink.Route, error) { return h.RouteList(nil, family) })
+		if err != nil {
+			return fmt.Errorf("list routes: %w", err)
+		}
+		bits := 128
+		if ipv4 {
+			bits = 32
+		}
+		prefixes := map[netip.Prefix]bool{}
+		for _, r := range routes {
+			switch p, ok := toPrefix(r.Dst); {
+			case r.Dst == nil:
+				prefixes[netip.PrefixFrom(zero(ipv4), 0)] = true
+			case ok:
+				prefixes[p] = true
+			}
+		}
+		// IPv6 prefers, on one interface, the address that shares the
+		// longest prefix with the destination: ask at each too.
+		if !ipv4 {
+			for _, a := range own {
+				for _, l := range []int{32, 48, 64} {
+					prefixes[netip.PrefixFrom(a, l).Masked()] = true
+				}
+			}
+		}
+		for p := range prefixes {
+			at := p.Addr()
+			if p.Bits() < bits {
+				at = at.Next() // not the network's own address
+			}
+			got, err := h.RouteGet(at.AsSlice())
+			if err != nil || len(got) == 0 {
+				continue // unreachable: no connection will leave by it
+			}
+			src, ok := netip.AddrFromSlice(got[0].Src)
+			if src = src.Unmap(); ok && slices.Contains(own, src) {
+				n.Sources = append(n.Sources, Source{Prefix: p, Addr: src})
+			}
+		}
+	}
+	slices.SortFunc(n.Sources, func(a, b Source) int { return a.Prefix.Compare(b.Prefix) })
+	return nil
+}
+
+func zero(ipv4 bool) netip.Addr {
+	if ipv4 {
+		return netip.IPv4Unspecified()
+	}
+	return netip.IPv6Unspecified()
+}
+
+func toPrefix(n *net.IPNet) (netip.Prefix, bool) {
+	if n == nil {
+		return netip.Prefix{}, false
+	}
+	a, ok := netip.AddrFromSlice(n.IP)
+	ones, _ := n.Mask.Size()
+	return netip.PrefixFrom(a, ones), ok
+}
+
+// addPassthrough puts ::6 on lo, if the pod has IPv6 and it is not there yet.
+func (n *Netns) addPassthrough() error {
+	if !n.First(false).IsValid() || slices.Contains(n.Addrs, passthrough6.Addr()) {
+		return nil
+	}
+	h, err := n.handle()
+	if err != nil {
+		return err
+	}
+	defer h.Close()
+	addr := &netlink.Addr{
+		IPNet: &net.IPNet{IP: passthrough6.Addr().AsSlice(), Mask: net.CIDRMask(128, 128)},
+		Flags: unix.IFA_F_NODAD,
+	}
+	lo := &netlink.Dummy{LinkAttrs: netlink.LinkAttrs{Name: "lo", Index: 1}}
+	if err := h.AddrAdd(lo, addr); err != nil && !errors.Is(err, unix.EEXIST) {
+		return fmt.Errorf("put %v on lo: %w", passthrough6, err)
+	}
+	n.Addrs = append(n.Addrs, passthrough6.Addr())
+	return nil
+}

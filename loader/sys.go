@@ -1,0 +1,246 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package loader
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"strings"
+	"unsafe"
+
+	"github.com/cilium/ebpf"
+	"golang.org/x/sys/unix"
+)
+
+// The bpf(2) calls of the pod-start path, as thin as they can be: a pod costs
+// some thirty of them, in a process that lives for a few milliseconds.
+// Everything else goes through cilium/ebpf. Pointers in the attributes are
+// unsafe.Pointers, so that the collector and moving stacks see them: this is for
+// 64-bit machines.
+
+func syscallBPF(cmd int, attr unsafe.Pointer, size uintptr) (int, error) {
+	for {
+		r, _, errno := unix.Syscall(unix.SYS_BPF, uintptr(cmd), uintptr(attr), size)
+		switch errno {
+		case 0:
+			return int(r), nil
+		case unix.EINTR, unix.EAGAIN: // EAGAIN: the verifier was interrupted by a signal
+			continue
+		default:
+			return -1, errno
+		}
+	}
+}
+
+// An fd is a file descriptor of a kernel object, -1 when there is none.
+type fd int
+
+func (f fd) close() {
+	if f >= 0 {
+		unix.Close(int(f))
+	}
+}
+
+type objAttr struct {
+	path  unsafe.Pointer
+	fd    uint32
+	flags uint32
+}
+
+// getPin opens a pinned object.
+func getPin(path string) (fd, error) {
+	p, err := unix.BytePtrFromString(path)
+	if err != nil {
+		return -1, err
+	}
+	attr := objAttr{path: unsafe.Pointer(p)}
+	f, err := syscallBPF(unix.BPF_OBJ_GET, unsafe.Pointer(&attr), unsafe.Sizeof(attr))
+	if err != nil {
+		return -1, &os.PathError{Op: "open pin", Path: path, Err: err}
+	}
+	return fd(f), nil
+}
+
+// pin gives an object a name in bpffs.
+func (f fd) pin(path string) error {
+	p, err := unix.BytePtrFromString(path)
+	if err != nil {
+		return err
+	}
+	attr := objAttr{path: unsafe.Pointer(p), fd: uint32(f)}
+	_, err = syscallBPF(unix.BPF_OBJ_PIN, unsafe.Pointer(&attr), unsafe.Sizeof(attr))
+	if err != nil {
+		return &os.PathError{Op: "pin", Path: path, Err: err}
+	}
+	return nil
+}
+
+type elemAttr struct {
+	mapFD uint32
+	_     uint32
+	key   unsafe.Pointer
+	value unsafe.Pointer
+	flags uint64
+}
+
+// Flags of update.
+const (
+	updateAny     = unix.BPF_ANY
+	updateNoExist = unix.BPF_NOEXIST
+)
+
+// update, lookup and remove take keys and values of the generated types, which
+// are laid out as the kernel has them.
+
+func update[K, V any](m fd, key *K, value *V, flags uint64) error {
+	attr := elemAttr{mapFD: uint32(m), key: unsafe.Pointer(key), value: unsafe.Pointer(value), flags: flags}
+	_, err := syscallBPF(unix.BPF_MAP_UPDATE_ELEM, unsafe.Pointer(&attr), unsafe.Sizeof(attr))
+	return err
+}
+
+func lookup[K, V any](m fd, key *K, value *V) error {
+	attr := elemAttr{mapFD: uint32(m), key: unsafe.Pointer(key), value: unsafe.Pointer(value)}
+	_, err := syscallBPF(unix.BPF_MAP_LOOKUP_ELEM, unsafe.Pointer(&attr), unsafe.Sizeof(attr))
+	return err
+}
+
+// remove deletes a key; a key that is not there is no error.
+func remove[K any](m fd, key *K) error {
+	attr := elemAttr{mapFD: uint32(m), key: unsafe.Pointer(key)}
+	_, err := syscallBPF(unix.BPF_MAP_DELETE_ELEM, unsafe.Pointer(&attr), unsafe.Sizeof(attr))
+	if errors.Is(err, unix.ENOENT) {
+		return nil
+	}
+	return err
+}
+
+type progLoadAttr struct {
+	progType           uint32
+	insnCount          uint32
+	insns              unsafe.Pointer
+	license            unsafe.Pointer
+	logLevel           uint32
+	logSize            uint32
+	logBuf             unsafe.Pointer
+	kernVersion        uint32
+	flags              uint32
+	name               [unix.BPF_OBJ_NAME_LEN]byte
+	ifindex            uint32
+	expectedAttachType uint32
+}
+
+// loadProgram loads prepared instructions. When the verifier refuses them, it
+// is asked again for its reasons, which go into the error.
+func loadProgram(typ ebpf.ProgramType, attach ebpf.AttachType, name, license string, code []byte) (fd, error) {
+	lic := append([]byte(license), 0)
+	attr := progLoadAttr{
+		progType:           uint32(typ),
+		insnCount:          uint32(len(code) / 8),
+		insns:              unsafe.Pointer(unsafe.SliceData(code)),
+		license:            unsafe.Pointer(unsafe.SliceData(lic)),
+		expectedAttachType: uint32(attach),
+	}
+	copy(attr.name[:len(attr.name)-1], name)
+	f, err := syscallBPF(unix.BPF_PROG_LOAD, unsafe.Pointer(&attr), unsafe.Sizeof(attr))
+	if err != nil && !errors.Is(err, unix.EPERM) {
+		log := make([]byte, 64<<10)
+		attr.logLevel, attr.logSize, attr.logBuf = 1, uint32(len(log)), unsafe.Pointer(unsafe.SliceData(log))
+		var again error
+		if f, again = syscallBPF(unix.BPF_PROG_LOAD, unsafe.Pointer(&attr), unsafe.Sizeof(attr)); again == nil {
+			err = nil
+		} else {
+			err = fmt.Errorf("%w: %s", err, lastLine(log))
+		}
+	}
+	if err != nil {
+		return -1, fmt.Errorf("load program %s: %w", name, err)
+	}
+	return fd(f), nil
+}
+
+// lastLine gives the last line of a verifier's log that says anything.
+func lastLine(log []byte) string {
+	end := 0
+	for end < len(log) && log[end] != 0 {
+		end++
+	}
+	lines := strings.Split(string(log[:end]), "\n")
+	for i := len(lines) - 1; i >= 0; i-- {
+		if l := lines[i]; l != "" && !strings.HasPrefix(l, "processed ") {
+			return l
+		}
+	}
+	return "the verifier says nothing"
+}
+
+type linkCreateAttr struct {
+	progFD     uint32
+	targetFD   uint32
+	attachType uint32
+	flags      uint32
+	_          [4]uint64
+}
+
+// createLink attaches a program. It never falls back to BPF_PROG_ATTACH, whose
+// override mode would switch other people's programs off: links to cgroups are
+// always of the multi kind.
+func createLink(prog, target fd, attach ebpf.AttachType) (fd, error) {
+	attr := linkCreateAttr{progFD: uint32(prog), targetFD: uint32(target), attachType: uint32(attach)}
+	f, err := syscallBPF(unix.BPF_LINK_CREATE, unsafe.Pointer(&attr), unsafe.Sizeof(attr))
+	if err != nil {
+		return -1, fmt.Errorf("attach %v: %w", attach, err)
+	}
+	return fd(f), nil
+}
+
+// detach takes a link off its target, which may be gone already.
+func (f fd) detach() error {
+	attr := struct{ fd uint32 }{uint32(f)}
+	_, err := syscallBPF(unix.BPF_LINK_DETACH, unsafe.Pointer(&attr), unsafe.Sizeof(attr))
+	if errors.Is(err, unix.ENOLINK) {
+		return nil
+	}
+	return err
+}
+
+// linkInfo is struct bpf_link_info for cgroup and netns links.
+type linkInfo struct {
+	typ    uint32
+	id     uint32
+	progID uint32
+	_      uint32
+	target uint64 // cgroup: id, attach type; netns: inode, attach type
+	attach uint32
+	_      [22]uint32
+}
+
+// cgroupTarget and netnsTarget read the union: a cgroup id is 64 bits wide, a
+// netns inode 32.
+func (i *linkInfo) cgroupTarget() (id uint64, attach ebpf.AttachType) {
+	return i.target, ebpf.AttachType(i.attach)
+}
+
+func (i *linkInfo) netnsTarget() (inode uint32, attach ebpf.AttachType) {
+	return uint32(i.target), ebpf.AttachType(i.target >> 32)
+}
+
+// progInfo is the head of struct bpf_prog_info.
+type progInfo struct {
+	typ uint32
+	id  uint32
+	tag [8]byte
+}
+
+func info[T any](f fd) (*T, error) {
+	out := new(T)
+	attr := struct {
+		fd, len uint32
+		info    unsafe.Pointer
+	}{uint32(f), uint32(unsafe.Sizeof(*out)), unsafe.Pointer(out)}
+	_, err := syscallBPF(unix.BPF_OBJ_GET_INFO_BY_FD, unsafe.Pointer(&attr), unsafe.Sizeof(attr))
+	if err != nil {
+		return nil, fmt.Errorf("get object info: %w", err)
+	}
+	return out, nil
+}
