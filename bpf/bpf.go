@@ -10,13 +10,10 @@ import (
 )
 
 //go:generate go tool bpf2go -cc clang-19 -strip llvm-strip-19 -target bpfel -go-package bpf -type pod -type pod_flag -type dest -type dest_key -type dest_flag -type port_key -type port_flag -type direction -type pod_state -type error_key -type place -type rule -type listener_key -type listener_kind -type tuple -type handshake -type sock_state Shunt shunt.bpf.c -- -O2 -Wall -Werror -mcpu=v3 -Iheaders -I/usr/include/x86_64-linux-gnu
-//go:generate go run shunt.dev/shunt/bpf/prepare shunt_bpfel.o shunt_sk_lookup sklookup_bpfel.go
+//go:generate go run shunt.dev/shunt/bpf/prepare shunt_bpfel.o shunt_stamp stamp_bpfel.go
 
-// Names of the sk_lookup program and of the licence it is loaded with.
-const (
-	SkLookupName = "shunt_sk_lookup"
-	License      = "Dual BSD/GPL"
-)
+// License is the programs', for loading Stamp.
+const License = "Dual BSD/GPL"
 
 // insnSize is the size of an instruction; a 64-bit load takes two.
 const insnSize = 8
@@ -26,19 +23,19 @@ type mapLoad struct {
 	name string
 }
 
-// SkLookup gives the instructions of one pod's sk_lookup program: cookie is the
+// Stamp gives the instructions of one pod's own sk_lookup program: cookie is the
 // pod's netns cookie, and mapFD gives the descriptor of a map by its name.
-func SkLookup(cookie uint64, mapFD func(name string) (int, error)) ([]byte, error) {
-	code := []byte(skLookupCode)
+func Stamp(cookie uint64, mapFD func(name string) (int, error)) ([]byte, error) {
+	code := []byte(stampCode)
 	imm := func(insn int) []byte { return code[insn*insnSize+4 : insn*insnSize+8] }
-	for _, m := range skLookupMaps {
+	for _, m := range stampMaps {
 		fd, err := mapFD(m.name)
 		if err != nil {
-			return nil, fmt.Errorf("map %s of the sk_lookup program: %w", m.name, err)
+			return nil, fmt.Errorf("map %s of the stamp program: %w", m.name, err)
 		}
 		binary.LittleEndian.PutUint32(imm(m.insn), uint32(fd))
 	}
-	for _, insn := range skLookupCookies {
+	for _, insn := range stampCookies {
 		binary.LittleEndian.PutUint32(imm(insn), uint32(cookie))
 		binary.LittleEndian.PutUint32(imm(insn+1), uint32(cookie>>32))
 	}

@@ -7,9 +7,10 @@
 // those of docs/SEMANTICS.md; enum rule mirrors redirect.Rule.
 //
 // A pod is known by its network namespace's cookie, never reused until reboot:
-// it is part of every key. All cgroup programs are loaded once a node and
-// linked to each pod's cgroup; the sk_lookup program is loaded once a pod,
-// because no kernel gives it a way to learn the netns it runs in.
+// it is part of every key. All programs but one are loaded once a node and
+// linked to each pod's cgroup or netns. No kernel lets an sk_lookup program
+// learn the netns it runs in: a small one, stamp, loaded once a pod with the
+// cookie as a constant, tells the one that comes after it.
 //
 // Addresses are IPv6 in network byte order everywhere; IPv4 in its mapped form
 // (::ffff:a.b.c.d).
@@ -19,6 +20,7 @@
 #include <linux/in6.h>
 #include <linux/types.h>
 #include <stdbool.h>
+#include <bpf/bpf_core_read.h>
 #include <bpf/bpf_endian.h>
 #include <bpf/bpf_helpers.h>
 
@@ -46,12 +48,12 @@ char _license[] SEC("license") = "Dual BSD/GPL";
 enum { ALLOW = 1, DENY = 0 }; // return values of the cgroup programs
 
 // SO_REUSEPORT gives a proxy one listener a worker. Each is registered in a slot
-// of its own; one, the current, stands for the whole group, and when it closes
-// another takes its place. FIRST_SLOTS are kept by those who came first, the
-// rest are a ring of those who came last: of a proxy that reloads, old and new
-// are both always represented, however many they are.
-#define SLOTS 64
-#define FIRST_SLOTS 32
+// of its own; one of them stands for the whole group, and when it closes another
+// takes its place. FIRST_SLOTS are kept by those who came first, the rest are a
+// ring of those who came last: of a proxy that reloads, old and new are both
+// always represented, however many they are.
+#define SLOTS 32
+#define FIRST_SLOTS 16
 
 // Sizes. A map with BPF_F_NO_PREALLOC costs nothing until it is filled.
 #define MAX_PODS 16384
@@ -161,17 +163,24 @@ enum listener_kind {
 	LISTENER_POD4, // at the pod's own address
 	LISTENER_ANY4, // at the wildcard
 	LISTENER_POD6,
-	LISTENER_ANY6, // serves IPv4 too, unless it is IPV6_V6ONLY
+	LISTENER_ANY6, // for both families
+	LISTENER_ONLY6, // IPV6_V6ONLY
 	LISTENER_KINDS,
 };
 
+enum family { FAMILY4, FAMILY6, FAMILIES };
+
+#define NO_LISTENER ((__u32)-1)
+
 // What the programs themselves know of one pod.
 struct pod_state {
-	__s64 inflight;                        // entries of the inflight map
-	__u64 listens;                         // listeners registered in the ring
-	__u32 current[LISTENER_KINDS];         // the slot of the listener that gets the connections
-	__u64 listeners[LISTENER_KINDS][SLOTS]; // the cookie of the listener in each slot, 0: free
-	__u64 rules[RULE_COUNT];               // flows decided, by rule
+	__s64 inflight;          // entries of the inflight map
+	__u64 listens;           // listeners registered in the rings
+	__u32 inbound[FAMILIES]; // the place of the listener that gets the connections
+	// The cookie of the listener in each place, 0: free. Slots of one kind
+	// lie side by side.
+	__u64 listeners[LISTENER_KINDS * SLOTS];
+	__u64 rules[RULE_COUNT]; // flows decided, by rule
 };
 
 // Where a helper failed.
@@ -188,6 +197,7 @@ enum place {
 	PLACE_ACCEPT_NO_ENTRY,   // a local connection to the proxy without a note: its original destination is unknown
 	PLACE_LISTENER_REGISTER, // the proxy's listener could not be registered: no inbound connections
 	PLACE_LISTENER_NONE,     // no listener at the proxy's inbound port: connection refused
+	PLACE_LISTENER_ASSIGN,   // the kernel refused the listener for a connection: connection refused
 	PLACE_GETSOCKOPT_LOST,   // SO_ORIGINAL_DST asked where it is lost: the question fails
 	PLACE_NO_POD,            // a program ran for a pod without an entry: refused
 	PLACE_COUNT,
@@ -235,8 +245,17 @@ struct handshake {
 
 struct listener_key {
 	__u64 cookie;
-	__u32 kind; // enum listener_kind
-	__u32 slot;
+	__u32 place; // as in struct pod_state
+	__u32 pad;
+};
+
+// What stamp tells the program after it: the pod, and of which connection.
+struct stamp {
+	__u64 cookie;
+	__u32 ifindex;
+	__u32 remote_port;
+	__u32 local_port;
+	__u32 remote_word;
 };
 
 // Named so that Go gets their numbers: bpf2go sees only what is used.
@@ -310,6 +329,13 @@ struct {
 	__type(key, struct listener_key);
 	__type(value, __u64);
 } listeners SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct stamp);
+} stamps SEC(".maps");
 
 // ----------------------------------------------------------------- counting
 
@@ -824,8 +850,12 @@ static __always_inline __u32 listener_kind_of(struct bpf_sock_ops *ctx, const st
 	if (ctx->local_port != pod->inbound_port)
 		return LISTENER_KINDS;
 	a = ctx->family == AF_INET ? mapped(ctx->local_ip4) : words(ctx->local_ip6);
-	if (is_zero(&a))
-		return LISTENER_ANY6;
+	if (is_zero(&a)) {
+		struct bpf_sock *bsk = ctx->sk;
+		struct sock *sk = bsk ? (struct sock *)bpf_skc_to_tcp_sock(bsk) : 0;
+
+		return sk && BPF_CORE_READ_BITFIELD(&sk->__sk_common, skc_ipv6only) ? LISTENER_ONLY6 : LISTENER_ANY6;
+	}
 	if (is_any4(&a))
 		return LISTENER_ANY4;
 	if (same(&a, &pod->source4))
@@ -842,26 +872,48 @@ static __always_inline void set_state_callbacks(struct bpf_sock_ops *ctx, bool o
 	bpf_sock_ops_cb_flags_set(ctx, on ? flags | BPF_SOCK_OPS_STATE_CB_FLAG : flags);
 }
 
-// The masks, and hiding from the compiler that they are needless, are for the
-// verifier, which forgets the bounds of what has been on the stack.
-
-static __always_inline __u32 *current_slot(struct pod_state *c, __u32 kind)
+// choose picks the listener that gets a family's inbound connections: in the
+// kernel's own order the exact address before the wildcard, the family's own
+// sockets before those for both.
+//
+// If the one that is chosen closes at the same moment, either it is seen to be
+// gone here, or it chooses after us: whoever chooses last chooses right.
+static __always_inline void choose(struct pod_state *c, __u32 family)
 {
-	asm volatile("" : "+r"(kind));
-	return &c->current[kind & (LISTENER_KINDS - 1)];
+	for (int try = 0; try < 3; try++) {
+		__u32 chosen = NO_LISTENER;
+
+		for (int i = 0; i < 3 * SLOTS && chosen == NO_LISTENER; i++) {
+			__u32 kind = i / SLOTS == 2 ? LISTENER_ANY6 :
+				     family == FAMILY4 ? LISTENER_POD4 + i / SLOTS :
+				     i / SLOTS	       ? LISTENER_ONLY6 : LISTENER_POD6;
+			__u32 place = kind * SLOTS + i % SLOTS;
+
+			if (*(volatile __u64 *)&c->listeners[place])
+				chosen = place;
+		}
+		*(volatile __u32 *)&c->inbound[family] = chosen;
+		if (chosen >= LISTENER_KINDS * SLOTS || *(volatile __u64 *)&c->listeners[chosen])
+			return;
+	}
 }
 
-static __always_inline __u64 *listener_in(struct pod_state *c, __u32 kind, __u32 slot)
+// Not static, as are on_listen and on_unlisten: the verifier follows a global
+// function once, not once for every path that leads to it.
+__noinline int choose_all(__u64 cookie)
 {
-	asm volatile("" : "+r"(kind), "+r"(slot));
-	return &c->listeners[kind & (LISTENER_KINDS - 1)][slot & (SLOTS - 1)];
+	struct pod_state *c = bpf_map_lookup_elem(&states, &cookie);
+
+	if (!c)
+		return failed(cookie, PLACE_NO_POD, -ENOENT);
+	choose(c, FAMILY4);
+	choose(c, FAMILY6);
+	return 0;
 }
 
-// Not static, as is on_unlisten: the verifier follows a global function once,
-// not once for every path that leads to it.
 __noinline int on_listen(struct bpf_sock_ops *ctx, __u64 cookie, __u32 kind)
 {
-	struct listener_key key = { .cookie = cookie, .kind = kind };
+	struct listener_key key = { .cookie = cookie };
 	struct pod_state *c;
 	long err = -EEXIST;
 
@@ -869,26 +921,25 @@ __noinline int on_listen(struct bpf_sock_ops *ctx, __u64 cookie, __u32 kind)
 	if (!c)
 		return failed(cookie, PLACE_NO_POD, -ENOENT);
 	for (int i = 0; i < FIRST_SLOTS && err == -EEXIST; i++) {
-		key.slot = i;
+		key.place = kind * SLOTS + i;
 		err = bpf_sock_hash_update(ctx, &listeners, &key, BPF_NOEXIST);
 	}
 	if (err == -EEXIST) {
-		key.slot = FIRST_SLOTS + __sync_fetch_and_add(&c->listens, 1) % (SLOTS - FIRST_SLOTS);
+		key.place = kind * SLOTS + FIRST_SLOTS +
+			    __sync_fetch_and_add(&c->listens, 1) % (SLOTS - FIRST_SLOTS);
 		err = bpf_sock_hash_update(ctx, &listeners, &key, BPF_ANY);
 	}
 	if (err)
 		return failed(cookie, PLACE_LISTENER_REGISTER, err);
-	*listener_in(c, key.kind, key.slot) = bpf_get_socket_cookie(ctx);
-	*current_slot(c, key.kind) = key.slot;
+	if (key.place < LISTENER_KINDS * SLOTS)
+		c->listeners[key.place] = bpf_get_socket_cookie(ctx);
 	set_state_callbacks(ctx, true);
-	return 0;
+	return choose_all(cookie);
 }
 
 // on_unlisten: a registered listener has closed, and the kernel has taken it out
-// of its slot. If the one that is chosen instead closes at the same moment,
-// either it is seen to be gone here, or it chooses after us: whoever chooses
-// last chooses right.
-__noinline int on_unlisten(struct bpf_sock_ops *ctx, __u64 cookie, __u32 kind)
+// of its slot.
+__noinline int on_unlisten(struct bpf_sock_ops *ctx, __u64 cookie)
 {
 	__u64 self = bpf_get_socket_cookie(ctx);
 	struct pod_state *c;
@@ -896,16 +947,10 @@ __noinline int on_unlisten(struct bpf_sock_ops *ctx, __u64 cookie, __u32 kind)
 	c = bpf_map_lookup_elem(&states, &cookie);
 	if (!c)
 		return failed(cookie, PLACE_NO_POD, -ENOENT);
-	for (int i = 0; i < SLOTS; i++)
-		if (*listener_in(c, kind, i) == self)
-			*listener_in(c, kind, i) = 0;
-	for (int i = 0; i < 2 * SLOTS; i++) {
-		if (*(volatile __u64 *)listener_in(c, kind, *current_slot(c, kind)))
-			break;
-		if (*(volatile __u64 *)listener_in(c, kind, i))
-			*current_slot(c, kind) = i % SLOTS;
-	}
-	return 0;
+	for (int i = 0; i < LISTENER_KINDS * SLOTS; i++)
+		if (c->listeners[i] == self)
+			c->listeners[i] = 0;
+	return choose_all(cookie);
 }
 
 static __always_inline void on_connect(struct bpf_sock_ops *ctx, __u64 cookie, const struct pod *pod)
@@ -1052,9 +1097,8 @@ int shunt_sockops(struct bpf_sock_ops *ctx)
 			on_state(ctx, cookie, pod);
 			break;
 		}
-		kind = listener_kind_of(ctx, pod);
-		if (kind < LISTENER_KINDS)
-			on_unlisten(ctx, cookie, kind);
+		if (ctx->local_port == pod->inbound_port)
+			on_unlisten(ctx, cookie);
 		break;
 	}
 	return 1;
@@ -1144,47 +1188,80 @@ static __always_inline __u64 own_cookie(void)
 	return cookie;
 }
 
-static __always_inline bool assign(struct bpf_sk_lookup *ctx, const struct pod_state *c, __u64 cookie, __u32 kind)
+// remote_word is a part of the client's address: of the two, the one that is not
+// of the packet's family reads as zero.
+static __always_inline __u32 remote_word(struct bpf_sk_lookup *ctx)
 {
-	struct listener_key key = { .cookie = cookie, .kind = kind, .slot = c->current[kind] };
-	struct bpf_sock *sk = bpf_map_lookup_elem(&listeners, &key);
-	long err;
-
-	if (!sk)
-		return false;
-	// Refuses an IPV6_V6ONLY listener for an IPv4 connection.
-	err = bpf_sk_assign(ctx, sk, 0);
-	bpf_sk_release(sk);
-	return !err;
+	return ctx->remote_ip4 | ctx->remote_ip6[3];
 }
 
+// The first of the two programs of a netns. It is loaded with every pod: each
+// instruction counts.
+SEC("sk_lookup")
+int shunt_stamp(struct bpf_sk_lookup *ctx)
+{
+	struct stamp *s;
+	__u32 zero = 0;
+
+	s = bpf_map_lookup_elem(&stamps, &zero);
+	if (s) {
+		s->cookie = own_cookie();
+		s->ifindex = ctx->ingress_ifindex;
+		s->remote_port = ctx->remote_port;
+		s->local_port = ctx->local_port;
+		s->remote_word = remote_word(ctx);
+	}
+	return SK_PASS;
+}
+
+// The second. The kernel runs both in one go, with bottom halves off for
+// packets; where something else comes between (a look-up on behalf of a process,
+// or softirqs that can be preempted), the stamp is not of this connection, and
+// the connection is refused: the client tries again.
 SEC("sk_lookup")
 int shunt_sk_lookup(struct bpf_sk_lookup *ctx)
 {
-	__u64 cookie = own_cookie();
-	struct addr remote;
+	struct listener_key key = {};
 	struct pod_state *c;
+	struct addr remote;
+	struct bpf_sock *sk;
+	struct stamp *s;
 	struct pod *pod;
 	enum rule rule;
+	__u32 zero = 0;
+	__u64 cookie;
 	__u32 listed;
+	bool four;
+	long err;
 
 	if (ctx->protocol != IPPROTO_TCP)
 		return SK_PASS;
 	// What comes by lo is the pod's own; 0 is a look-up by a BPF program,
-	// not a packet. For IPv4 the interface is that of the route, which for
-	// the pod's own address is where that address lies: the source tells,
-	// which the kernel lets nobody outside use.
+	// not a packet.
 	if (ctx->ingress_ifindex <= LOOPBACK_IFINDEX)
 		return SK_PASS;
-	remote = ctx->family == AF_INET ? mapped(ctx->remote_ip4) : words(ctx->remote_ip6);
-	if (is_local(cookie, &remote))
-		return SK_PASS;
+	s = bpf_map_lookup_elem(&stamps, &zero);
+	if (!s)
+		return SK_DROP;
+	cookie = s->cookie;
+	s->cookie = 0;
+	if (s->ifindex != ctx->ingress_ifindex || s->remote_port != ctx->remote_port ||
+	    s->local_port != ctx->local_port || s->remote_word != remote_word(ctx))
+		cookie = 0;
 	pod = bpf_map_lookup_elem(&pods, &cookie);
 	c = bpf_map_lookup_elem(&states, &cookie);
 	if (!pod || !c) {
 		failed(cookie, PLACE_NO_POD, -ENOENT);
 		return SK_DROP;
 	}
+
+	// For IPv4 the interface is that of the route, which for the pod's own
+	// address is where that address lies: the source tells, which the kernel
+	// lets nobody outside use.
+	four = ctx->family == AF_INET;
+	remote = four ? mapped(ctx->remote_ip4) : words(ctx->remote_ip6);
+	if (is_local(cookie, &remote))
+		return SK_PASS;
 
 	listed = (pod->flags & POD_IN_PORTS) ? port_flags(cookie, DIR_IN, ctx->local_port) : 0;
 	if (ctx->local_port == pod->tunnel_port)
@@ -1197,16 +1274,18 @@ int shunt_sk_lookup(struct bpf_sk_lookup *ctx)
 	if (rule != RULE_IN_INCLUDE)
 		return SK_PASS;
 
-	// In the kernel's own order: the exact address before the wildcard, the
-	// family's own sockets before dual-stack ones.
-	if (ctx->family == AF_INET) {
-		if (assign(ctx, c, cookie, LISTENER_POD4) || assign(ctx, c, cookie, LISTENER_ANY4))
-			return SK_PASS;
-	} else if (assign(ctx, c, cookie, LISTENER_POD6)) {
-		return SK_PASS;
+	key.cookie = cookie;
+	key.place = four ? c->inbound[FAMILY4] : c->inbound[FAMILY6];
+	sk = bpf_map_lookup_elem(&listeners, &key);
+	if (!sk) {
+		failed(cookie, PLACE_LISTENER_NONE, -ENOENT);
+		return SK_DROP; // the client gets a RST
 	}
-	if (assign(ctx, c, cookie, LISTENER_ANY6))
-		return SK_PASS;
-	failed(cookie, PLACE_LISTENER_NONE, -ENOENT);
-	return SK_DROP; // the client gets a RST
+	err = bpf_sk_assign(ctx, sk, 0);
+	bpf_sk_release(sk);
+	if (err) {
+		failed(cookie, PLACE_LISTENER_ASSIGN, err);
+		return SK_DROP;
+	}
+	return SK_PASS;
 }

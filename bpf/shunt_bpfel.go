@@ -68,8 +68,8 @@ type ShuntHandshake struct {
 type ShuntListenerKey struct {
 	_      structs.HostLayout
 	Cookie uint64
-	Kind   uint32
-	Slot   uint32
+	Place  uint32
+	Pad    uint32
 }
 
 type ShuntListenerKind uint32
@@ -79,7 +79,8 @@ const (
 	ShuntListenerKindLISTENER_ANY4  ShuntListenerKind = 1
 	ShuntListenerKindLISTENER_POD6  ShuntListenerKind = 2
 	ShuntListenerKindLISTENER_ANY6  ShuntListenerKind = 3
-	ShuntListenerKindLISTENER_KINDS ShuntListenerKind = 4
+	ShuntListenerKindLISTENER_ONLY6 ShuntListenerKind = 4
+	ShuntListenerKindLISTENER_KINDS ShuntListenerKind = 5
 )
 
 type ShuntPlace uint32
@@ -97,9 +98,10 @@ const (
 	ShuntPlacePLACE_ACCEPT_NO_ENTRY   ShuntPlace = 9
 	ShuntPlacePLACE_LISTENER_REGISTER ShuntPlace = 10
 	ShuntPlacePLACE_LISTENER_NONE     ShuntPlace = 11
-	ShuntPlacePLACE_GETSOCKOPT_LOST   ShuntPlace = 12
-	ShuntPlacePLACE_NO_POD            ShuntPlace = 13
-	ShuntPlacePLACE_COUNT             ShuntPlace = 14
+	ShuntPlacePLACE_LISTENER_ASSIGN   ShuntPlace = 12
+	ShuntPlacePLACE_GETSOCKOPT_LOST   ShuntPlace = 13
+	ShuntPlacePLACE_NO_POD            ShuntPlace = 14
+	ShuntPlacePLACE_COUNT             ShuntPlace = 15
 )
 
 type ShuntPod struct {
@@ -138,8 +140,8 @@ type ShuntPodState struct {
 	_         structs.HostLayout
 	Inflight  int64
 	Listens   uint64
-	Current   [4]uint32
-	Listeners [4][64]uint64
+	Inbound   [2]uint32
+	Listeners [160]uint64
 	Rules     [22]uint64
 }
 
@@ -201,6 +203,15 @@ type ShuntSockState struct {
 	}
 }
 
+type ShuntStamp struct {
+	_          structs.HostLayout
+	Cookie     uint64
+	Ifindex    uint32
+	RemotePort uint32
+	LocalPort  uint32
+	RemoteWord uint32
+}
+
 type ShuntTuple struct {
 	_      structs.HostLayout
 	Cookie uint64
@@ -228,6 +239,7 @@ const (
 	ShuntMapPods               = "pods"
 	ShuntMapPorts              = "ports"
 	ShuntMapSockets            = "sockets"
+	ShuntMapStamps             = "stamps"
 	ShuntMapStates             = "states"
 	ShuntProgShuntConnect4     = "shunt_connect4"
 	ShuntProgShuntConnect6     = "shunt_connect6"
@@ -236,6 +248,7 @@ const (
 	ShuntProgShuntGetsockopt   = "shunt_getsockopt"
 	ShuntProgShuntSkLookup     = "shunt_sk_lookup"
 	ShuntProgShuntSockops      = "shunt_sockops"
+	ShuntProgShuntStamp        = "shunt_stamp"
 	ShuntVarHaveSetRetval      = "have_set_retval"
 	ShuntVarInflightLimit      = "inflight_limit"
 	ShuntVarUnusedDestFlag     = "unused_dest_flag"
@@ -296,6 +309,7 @@ type ShuntProgramSpecs struct {
 	ShuntGetsockopt   *ebpf.ProgramSpec `ebpf:"shunt_getsockopt"`
 	ShuntSkLookup     *ebpf.ProgramSpec `ebpf:"shunt_sk_lookup"`
 	ShuntSockops      *ebpf.ProgramSpec `ebpf:"shunt_sockops"`
+	ShuntStamp        *ebpf.ProgramSpec `ebpf:"shunt_stamp"`
 }
 
 // ShuntMapSpecs contains maps before they are loaded into the kernel.
@@ -309,6 +323,7 @@ type ShuntMapSpecs struct {
 	Pods      *ebpf.MapSpec `ebpf:"pods"`
 	Ports     *ebpf.MapSpec `ebpf:"ports"`
 	Sockets   *ebpf.MapSpec `ebpf:"sockets"`
+	Stamps    *ebpf.MapSpec `ebpf:"stamps"`
 	States    *ebpf.MapSpec `ebpf:"states"`
 }
 
@@ -354,6 +369,7 @@ type ShuntMaps struct {
 	Pods      *ebpf.Map `ebpf:"pods"`
 	Ports     *ebpf.Map `ebpf:"ports"`
 	Sockets   *ebpf.Map `ebpf:"sockets"`
+	Stamps    *ebpf.Map `ebpf:"stamps"`
 	States    *ebpf.Map `ebpf:"states"`
 }
 
@@ -366,6 +382,7 @@ func (m *ShuntMaps) Close() error {
 		m.Pods,
 		m.Ports,
 		m.Sockets,
+		m.Stamps,
 		m.States,
 	)
 }
@@ -396,6 +413,7 @@ type ShuntPrograms struct {
 	ShuntGetsockopt   *ebpf.Program `ebpf:"shunt_getsockopt"`
 	ShuntSkLookup     *ebpf.Program `ebpf:"shunt_sk_lookup"`
 	ShuntSockops      *ebpf.Program `ebpf:"shunt_sockops"`
+	ShuntStamp        *ebpf.Program `ebpf:"shunt_stamp"`
 }
 
 func (p *ShuntPrograms) Close() error {
@@ -407,6 +425,7 @@ func (p *ShuntPrograms) Close() error {
 		p.ShuntGetsockopt,
 		p.ShuntSkLookup,
 		p.ShuntSockops,
+		p.ShuntStamp,
 	)
 }
 

@@ -19,7 +19,7 @@ import (
 )
 
 // Names of the folders in BPFDir that hold links: six to a cgroup, by its id;
-// one to a netns, by its cookie.
+// two to a netns, by its cookie.
 const (
 	cgroupLinks = "cgroups"
 	netnsLinks  = "netns"
@@ -40,6 +40,13 @@ var hooks = []struct {
 	{bpf.ShuntProgShuntConnect4, ebpf.AttachCGroupInet4Connect},
 	{bpf.ShuntProgShuntConnect6, ebpf.AttachCGroupInet6Connect},
 }
+
+var hookNames = func() (names []string) {
+	for _, h := range hooks {
+		names = append(names, h.program)
+	}
+	return names
+}()
 
 // Attach programs a pod: its network namespace ns, whose processes are in the
 // cgroup2 directory cgroup, by rules. Repeating it mends what is missing and
@@ -304,50 +311,115 @@ func unlink(path string) error {
 	return os.Remove(path)
 }
 
-// linkNetns makes sure that the pod's own sk_lookup program is linked to its
-// network namespace. A link that is there already is of this very build: the
-// node's datapath is loaded once, and others are cleared away with their pods.
+// Names of the two links to a network namespace, in the order in which their
+// programs must run.
+const (
+	stampLink    = "stamp"
+	skLookupLink = "sk_lookup"
+)
+
+// linkNetns makes sure that the two sk_lookup programs are linked to the pod's
+// network namespace, in their order. Where one is missing or wrong, both are
+// made anew, behind the old ones; as long as those are there they refuse what
+// they can't decide.
 func (d *Datapath) linkNetns(r *Record, netns fd) error {
-	path := d.netnsLink(r.Cookie)
-	if l, err := getPin(path); err == nil {
-		defer l.close()
-		li, err := info[linkInfo](l)
+	dir := d.netnsLinks(r.Cookie)
+	fresh, err := makeDir(dir)
+	if err != nil {
+		return fmt.Errorf("make a folder for links: %w", err)
+	}
+	if !fresh {
+		if wrong, err := d.wrongNetnsLinks(r); err != nil || len(wrong) == 0 {
+			return err
+		}
+	}
+	code, err := bpf.Stamp(r.Cookie, func(name string) (int, error) { f, err := d.object(name); return int(f), err })
+	if err != nil {
+		return err
+	}
+	stamp, err := loadProgram(ebpf.SkLookup, ebpf.AttachSkLookup, bpf.ShuntProgShuntStamp, bpf.License, code)
+	if err != nil {
+		return err
+	}
+	defer stamp.close()
+	skLookup, err := d.object(bpf.ShuntProgShuntSkLookup)
+	if err != nil {
+		return err
+	}
+	for _, l := range []struct {
+		name string
+		prog fd
+	}{{stampLink, stamp}, {skLookupLink, skLookup}} {
+		f, err := createLink(l.prog, netns, ebpf.AttachSkLookup)
 		if err != nil {
 			return err
 		}
-		if ino, _ := li.netnsTarget(); ino == r.NetnsIno {
-			return nil
+		defer f.close()
+		path := filepath.Join(dir, l.name)
+		if fresh {
+			err = f.pin(path)
+		} else {
+			err = f.repin(path)
 		}
-		if err := unlink(path); err != nil {
+		if err != nil {
 			return err
 		}
-	} else if !errors.Is(err, fs.ErrNotExist) {
-		return err
 	}
-	code, err := bpf.SkLookup(r.Cookie, func(name string) (int, error) { f, err := d.object(name); return int(f), err })
-	if err != nil {
-		return err
-	}
-	prog, err := loadProgram(ebpf.SkLookup, ebpf.AttachSkLookup, bpf.SkLookupName, bpf.License, code)
-	if err != nil {
-		return err
-	}
-	defer prog.close()
-	l, err := createLink(prog, netns, ebpf.AttachSkLookup)
-	if err != nil {
-		return err
-	}
-	defer l.close()
-	err = l.pin(path)
-	if errors.Is(err, fs.ErrNotExist) {
-		if _, err = makeDir(filepath.Dir(path)); err == nil {
-			err = l.pin(path)
-		}
-	}
-	return err
+	return nil
 }
 
-func (d *Datapath) netnsLink(cookie uint64) string {
+// repin puts a link's pin in the place of another's, which lets go of that.
+func (f fd) repin(path string) error {
+	next := path + "-new"
+	if err := os.Remove(next); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	if err := f.pin(next); err != nil {
+		return err
+	}
+	return os.Rename(next, path)
+}
+
+// wrongNetnsLinks says what is wrong with the links to the pod's network
+// namespace.
+func (d *Datapath) wrongNetnsLinks(r *Record) (wrong []string, err error) {
+	skLookup, err := d.object(bpf.ShuntProgShuntSkLookup)
+	if err != nil {
+		return nil, err
+	}
+	want, err := info[progInfo](skLookup)
+	if err != nil {
+		return nil, err
+	}
+	ids := map[string]uint32{}
+	for _, name := range []string{stampLink, skLookupLink} {
+		l, err := getPin(filepath.Join(d.netnsLinks(r.Cookie), name))
+		if errors.Is(err, fs.ErrNotExist) {
+			wrong = append(wrong, fmt.Sprintf("the %s program is not attached to the pod's network namespace", name))
+			continue
+		}
+		if err != nil {
+			return nil, err
+		}
+		li, err := info[linkInfo](l)
+		l.close()
+		if err != nil {
+			return nil, err
+		}
+		ids[name] = li.id
+		if ino, _ := li.netnsTarget(); ino != r.NetnsIno {
+			wrong = append(wrong, fmt.Sprintf("the %s program is attached to network namespace %d, not the pod's, %d", name, ino, r.NetnsIno))
+		} else if name == skLookupLink && li.progID != want.id {
+			wrong = append(wrong, fmt.Sprintf("the %s program is %d, not the node's, %d", name, li.progID, want.id))
+		}
+	}
+	if len(wrong) == 0 && ids[stampLink] > ids[skLookupLink] {
+		wrong = append(wrong, "the stamp program is attached behind the sk_lookup program")
+	}
+	return wrong, nil
+}
+
+func (d *Datapath) netnsLinks(cookie uint64) string {
 	return filepath.Join(d.opts.BPFDir, netnsLinks, strconv.FormatUint(cookie, 10))
 }
 
@@ -387,12 +459,13 @@ func (d *Datapath) undo(r *Record) error {
 		}
 		others, err := d.others(netnsUsers, cookie, r.ID)
 		if errs = append(errs, err); err == nil && len(others) == 0 {
-			errs = append(errs, unlink(d.netnsLink(r.Cookie)))
+			// The one that decides goes first: without a stamp it refuses.
+			errs = append(errs, d.unlinkAll(d.netnsLinks(r.Cookie), skLookupLink, stampLink))
 		}
 		last := len(others) == 0
 		others, err = d.others(cgroupUsers, cgroup, r.ID)
 		if errs = append(errs, err); err == nil && len(others) == 0 {
-			errs = append(errs, d.unlinkCgroup(cgroup))
+			errs = append(errs, d.unlinkAll(filepath.Join(d.opts.BPFDir, cgroupLinks, cgroup), hookNames...))
 		}
 		if last {
 			errs = append(errs, d.removePod(r))
@@ -419,11 +492,13 @@ func (d *Datapath) closeFDs() {
 	}
 }
 
-func (d *Datapath) unlinkCgroup(cgroup string) error {
-	dir := filepath.Join(d.opts.BPFDir, cgroupLinks, cgroup)
+// unlinkAll detaches the links in a folder, and removes it.
+func (d *Datapath) unlinkAll(dir string, names ...string) error {
 	var errs []error
-	for _, h := range hooks {
-		errs = append(errs, unlink(filepath.Join(dir, h.program)))
+	for _, name := range names {
+		errs = append(errs, unlink(filepath.Join(dir, name)))
+		// A repin that was interrupted.
+		errs = append(errs, unlink(filepath.Join(dir, name+"-new")))
 	}
 	if err := os.Remove(dir); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		errs = append(errs, err)
@@ -535,19 +610,10 @@ func (d *Datapath) checkLinks(r *Record) error {
 			errs = append(errs, fmt.Errorf("%v is not attached to the pod's cgroup %s", h.attach, r.Cgroup))
 		}
 	}
-	l, err := getPin(d.netnsLink(r.Cookie))
-	if errors.Is(err, fs.ErrNotExist) {
-		return errors.Join(append(errs, fmt.Errorf("sk_lookup is not attached to the pod's network namespace"))...)
-	}
-	if err != nil {
-		return errors.Join(append(errs, err)...)
-	}
-	defer l.close()
-	li, err := info[linkInfo](l)
-	if errs = append(errs, err); err == nil {
-		if ino, _ := li.netnsTarget(); ino != r.NetnsIno {
-			errs = append(errs, fmt.Errorf("sk_lookup is not attached to the pod's network namespace (inode %d) but to inode %d", r.NetnsIno, ino))
-		}
+	wrong, err := d.wrongNetnsLinks(r)
+	errs = append(errs, err)
+	for _, w := range wrong {
+		errs = append(errs, errors.New(w))
 	}
 	return errors.Join(errs...)
 }

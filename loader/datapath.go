@@ -231,16 +231,18 @@ func pinned(o *bpf.ShuntObjects) map[string]pinner {
 		bpf.ShuntMapSockets:            o.Sockets,
 		bpf.ShuntMapInflight:           o.Inflight,
 		bpf.ShuntMapListeners:          o.Listeners,
+		bpf.ShuntMapStamps:             o.Stamps,
 		bpf.ShuntProgShuntConnect4:     o.ShuntConnect4,
 		bpf.ShuntProgShuntConnect6:     o.ShuntConnect6,
 		bpf.ShuntProgShuntGetpeername4: o.ShuntGetpeername4,
 		bpf.ShuntProgShuntGetpeername6: o.ShuntGetpeername6,
 		bpf.ShuntProgShuntGetsockopt:   o.ShuntGetsockopt,
 		bpf.ShuntProgShuntSockops:      o.ShuntSockops,
+		bpf.ShuntProgShuntSkLookup:     o.ShuntSkLookup,
 	}
 }
 
-// loadObjects loads the collection. The sk_lookup program in it serves no pod:
+// loadObjects loads the collection. The stamp program in it serves no pod:
 // loading it shows at once whether a pod's own would be accepted.
 func (d *Datapath) loadObjects() (*bpf.ShuntObjects, error) {
 	// bpf_set_retval is there since Linux 5.18 (commit b44123b4a3dc). What

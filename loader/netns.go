@@ -23,6 +23,7 @@ var passthrough6 = netip.MustParsePrefix("::6/128")
 // A Netns is a pod's network namespace, looked at once.
 type Netns struct {
 	file *os.File
+	rt   *rtnl
 	// Cookie names the namespace until reboot; it is never used again.
 	Cookie uint64
 	// Inode is the number by which /proc and the kernel's link info know it.
@@ -71,60 +72,49 @@ func OpenNetns(path string) (_ *Netns, err error) {
 			return nil, ErrHostNetns
 		}
 	}
-	h, err := n.handle()
-	if err != nil {
+	if err := n.look(); err != nil {
 		return nil, err
 	}
-	defer h.Close()
-	if err := n.readAddrs(h); err != nil {
-		return nil, err
-	}
-	return n, n.readSources(h)
+	return n, n.readSources()
 }
 
 // Close lets go of the namespace.
-func (n *Netns) Close() error { return n.file.Close() }
-
-// handle opens a netlink socket in the namespace, and asks it for the
-// namespace's cookie.
-func (n *Netns) handle() (*netlink.Handle, error) {
-	if n.Cookie == 0 {
-		if err := n.readCookie(); err != nil {
-			return nil, err
-		}
+func (n *Netns) Close() error {
+	if n.rt != nil {
+		n.rt.close()
 	}
-	h, err := netlink.NewHandleAt(netns.NsHandle(n.file.Fd()), unix.NETLINK_ROUTE)
-	if err != nil {
-		return nil, fmt.Errorf("open netlink: %w", err)
-	}
-	return h, nil
+	return n.file.Close()
 }
 
-func (n *Netns) readCookie() error {
-	return n.do(func() error {
-		s, err := unix.Socket(unix.AF_UNIX, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
-		if err != nil {
-			return fmt.Errorf("open a socket: %w", err)
-		}
-		defer unix.Close(s)
-		n.Cookie, err = unix.GetsockoptUint64(s, unix.SOL_SOCKET, unix.SO_NETNS_COOKIE)
-		if err != nil {
-			// Linux 5.14, commit e8b9eab99232.
-			return fmt.Errorf("get its cookie (since Linux 5.14): %w", err)
-		}
-		return nil
-	})
+// look opens a routing socket in the namespace, and asks it for the namespace's
+// cookie and addresses.
+func (n *Netns) look() error {
+	var err error
+	if err := n.do(func() error { n.rt, err = openRTNL(); return err }); err != nil {
+		return err
+	}
+	n.Cookie, err = unix.GetsockoptUint64(n.rt.fd, unix.SOL_SOCKET, unix.SO_NETNS_COOKIE)
+	if err != nil {
+		// Linux 5.14, commit e8b9eab99232.
+		return fmt.Errorf("get its cookie (since Linux 5.14): %w", err)
+	}
+	addrs, err := n.rt.addrs()
+	if err != nil {
+		return fmt.Errorf("list addresses: %w", err)
+	}
+	n.Addrs = slices.DeleteFunc(addrs, netip.Addr.IsLoopback)
+	return nil
 }
 
 // do runs fn on a thread inside the namespace.
 func (n *Netns) do(fn func() error) error {
 	runtime.LockOSThread()
-	own, err := netns.Get()
+	own, err := unix.Open("/proc/thread-self/ns/net", unix.O_RDONLY|unix.O_CLOEXEC, 0)
 	if err != nil {
 		runtime.UnlockOSThread()
-		return fmt.Errorf("get own network namespace: %w", err)
+		return fmt.Errorf("open own network namespace: %w", err)
 	}
-	defer own.Close()
+	defer unix.Close(own)
 	if err := unix.Setns(int(n.file.Fd()), unix.CLONE_NEWNET); err != nil {
 		runtime.UnlockOSThread()
 		return fmt.Errorf("enter: %w", err)
@@ -132,25 +122,11 @@ func (n *Netns) do(fn func() error) error {
 	defer func() {
 		// A thread that can't come back is left locked: it dies with its
 		// goroutine rather than serve others from the wrong place.
-		if netns.Set(own) == nil {
+		if unix.Setns(own, unix.CLONE_NEWNET) == nil {
 			runtime.UnlockOSThread()
 		}
 	}()
 	return fn()
-}
-
-func (n *Netns) readAddrs(h *netlink.Handle) error {
-	list, err := retryDump(func() ([]netlink.Addr, error) { return h.AddrList(nil, netlink.FAMILY_ALL) })
-	if err != nil {
-		return fmt.Errorf("list addresses: %w", err)
-	}
-	for _, a := range list {
-		ip, ok := netip.AddrFromSlice(a.IP)
-		if ip = ip.Unmap(); ok && !ip.IsLoopback() {
-			n.Addrs = append(n.Addrs, ip)
-		}
-	}
-	return nil
 }
 
 // retryDump repeats a netlink dump that a change interrupted.
@@ -180,7 +156,8 @@ func isGlobal(a netip.Addr) bool {
 
 // readSources asks the kernel, route by route, which source it takes, where a
 // family has more than one global address.
-func (n *Netns) readSources(h *netlink.Handle) error {
+func (n *Netns) readSources() error {
+	var h *netlink.Handle
 	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
 		ipv4 := family == netlink.FAMILY_V4
 		var own []netip.Addr
@@ -191,6 +168,13 @@ func (n *Netns) readSources(h *netlink.Handle) error {
 		}
 		if len(own) < 2 {
 			continue
+		}
+		if h == nil {
+			var err error
+			if h, err = netlink.NewHandleAt(netns.NsHandle(n.file.Fd()), unix.NETLINK_ROUTE); err != nil {
+				return fmt.Errorf("open netlink: %w", err)
+			}
+			defer h.Close()
 		}
 		routes, err := retryDump(func() ([]netlink.Route, error) { return h.RouteList(nil, family) })
 		if err != nil {
@@ -258,19 +242,5 @@ func (n *Netns) addPassthrough() error {
 	if !n.First(false).IsValid() || slices.Contains(n.Addrs, passthrough6.Addr()) {
 		return nil
 	}
-	h, err := n.handle()
-	if err != nil {
-		return err
-	}
-	defer h.Close()
-	addr := &netlink.Addr{
-		IPNet: &net.IPNet{IP: passthrough6.Addr().AsSlice(), Mask: net.CIDRMask(128, 128)},
-		Flags: unix.IFA_F_NODAD,
-	}
-	lo := &netlink.Dummy{LinkAttrs: netlink.LinkAttrs{Name: "lo", Index: 1}}
-	if err := h.AddrAdd(lo, addr); err != nil && !errors.Is(err, unix.EEXIST) {
-		return fmt.Errorf("put %v on lo: %w", passthrough6, err)
-	}
-	n.Addrs = append(n.Addrs, passthrough6.Addr())
-	return nil
+	return n.rt.addToLo(passthrough6)
 }

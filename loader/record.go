@@ -11,7 +11,6 @@ import (
 	"path/filepath"
 	"strings"
 
-	"github.com/google/renameio/v2"
 	"golang.org/x/sys/unix"
 )
 
@@ -88,16 +87,26 @@ func (d *Datapath) writeRecord(r *Record) error {
 		return err
 	}
 	path := d.recordPath(r.ID)
-	write := func() error { return renameio.WriteFile(path, data, 0o600, renameio.IgnoreUmask()) }
-	if err = write(); errors.Is(err, fs.ErrNotExist) {
+	if err = replace(path, data); errors.Is(err, fs.ErrNotExist) {
 		if err = os.MkdirAll(filepath.Dir(path), 0o700); err == nil {
-			err = write()
+			err = replace(path, data)
 		}
 	}
 	if err != nil {
 		return fmt.Errorf("write the attachment's record: %w", err)
 	}
 	return nil
+}
+
+// replace puts data in the place of a file, whole or not at all whenever this
+// process ends. Nothing is synced: a record means nothing after the next boot.
+// The node's lock keeps others from the temporary name.
+func replace(path string, data []byte) error {
+	next := filepath.Join(filepath.Dir(path), ".next")
+	if err := os.WriteFile(next, data, 0o600); err != nil {
+		return err
+	}
+	return os.Rename(next, path)
 }
 
 func (d *Datapath) removeRecord(id ID) error {
@@ -121,7 +130,7 @@ func Records(opts Options) ([]*Record, error) {
 		errs    []error
 	)
 	for _, e := range entries {
-		if strings.HasPrefix(e.Name(), ".") || !strings.HasSuffix(e.Name(), ".json") {
+		if !strings.HasSuffix(e.Name(), ".json") {
 			continue // a write under way
 		}
 		r, err := readRecordFile(filepath.Join(opts.RunDir, recordsDir, e.Name()))

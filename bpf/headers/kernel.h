@@ -28,7 +28,12 @@ struct socket {
 	struct file *file;
 };
 
+struct sock_common {
+	unsigned char skc_ipv6only : 1;
+};
+
 struct sock {
+	struct sock_common __sk_common;
 	struct socket *sk_socket;
 };
 

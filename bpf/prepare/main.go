@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Command prepare takes the sk_lookup program out of the compiled object and
-// writes it as an instruction stream that needs no ELF, no BTF and no
+// Command prepare takes the stamp program out of the compiled object and writes
+// it as an instruction stream that needs no ELF, no BTF and no
 // relocation at run time: it is loaded with every pod. It also writes the
 // object's digest, by which a build knows its own pins.
 package main
@@ -76,8 +76,8 @@ package bpf
 // Digest is the SHA-256 of the compiled object.
 const Digest = "%x"
 
-// skLookupCode is the program's instructions, with map descriptors of zero.
-const skLookupCode = "" +
+// stampCode is the program's instructions, with map descriptors of zero.
+const stampCode = "" +
 `, sha256.Sum256(elf))
 	for b := code.Bytes(); len(b) > 0; b = b[asm.InstructionSize:] {
 		fmt.Fprintf(&out, "\t%q", string(b[:asm.InstructionSize]))
@@ -87,12 +87,12 @@ const skLookupCode = "" +
 		out.WriteString("\n")
 	}
 	fmt.Fprintf(&out, `
-// skLookupMaps says which instructions load a map.
-var skLookupMaps = []mapLoad{
+// stampMaps says which instructions load a map.
+var stampMaps = []mapLoad{
 %s}
 
-// skLookupCookies says which instructions load the pod's netns cookie.
-var skLookupCookies = []int{%s}
+// stampCookies says which instructions load the pod's netns cookie.
+var stampCookies = []int{%s}
 `, maps.String(), cookies.String())
 	src, err := format.Source(out.Bytes())
 	if err != nil {

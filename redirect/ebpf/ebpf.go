@@ -86,10 +86,13 @@ type Net struct {
 	Netns *loader.Netns
 }
 
+// passthrough6 is S6, which the loader puts on lo when the pod has IPv6.
+var passthrough6 = netip.MustParseAddr("::6")
+
 // all returns every address of the pod, prevResult's first.
 func (n Net) all() []netip.Addr {
 	var out []netip.Addr
-	for _, a := range slices.Concat(n.Addrs, n.Netns.Addrs) {
+	for _, a := range append(slices.Concat(n.Addrs, n.Netns.Addrs), passthrough6) {
 		if a = a.Unmap().WithZone(""); !slices.Contains(out, a) && !a.IsLoopback() {
 			out = append(out, a)
 		}
