@@ -237,8 +237,7 @@ func uidPaths(uid string) []string {
 func isPodDir(name string) bool {
 	if slice, ok := strings.CutSuffix(name, ".slice"); ok {
 		// A slice's last part is its own, the rest names its parents.
-		id, ok := strings.CutPrefix(slice[strings.LastIndex(slice, "-")+1:], "pod")
-		return ok && id != ""
+		name = slice[strings.LastIndex(slice, "-")+1:]
 	}
 	id, ok := strings.CutPrefix(name, "pod")
 	return ok && strings.ContainsAny(id, "0123456789")

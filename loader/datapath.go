@@ -28,6 +28,8 @@ type Options struct {
 	// under way at once; 0 is the default of the programs. It takes effect
 	// at the load.
 	InflightLimit uint32
+
+	maxPrefixes uint32 // of the prefix maps, for tests of full ones
 }
 
 // ErrOtherBuild says that pods use a datapath that another build of Shunt has
@@ -260,6 +262,10 @@ func (d *Datapath) loadObjects() (*bpf.ShuntObjects, error) {
 			if err := spec.Variables[bpf.ShuntVarInflightLimit].Set(d.opts.InflightLimit); err != nil {
 				return nil, err
 			}
+		}
+		if d.opts.maxPrefixes != 0 {
+			spec.Maps[bpf.ShuntMapDests].MaxEntries = d.opts.maxPrefixes
+			spec.Maps[bpf.ShuntMapPorts].MaxEntries = d.opts.maxPrefixes
 		}
 		objs := new(bpf.ShuntObjects)
 		if err = spec.LoadAndAssign(objs, nil); err == nil {

@@ -1,0 +1,452 @@
+// SPDX-License-Identifier: Apache-2.0
+
+//go:build linux
+
+package loader
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	cebpf "github.com/cilium/ebpf"
+	ebpflink "github.com/cilium/ebpf/link"
+	"github.com/google/go-cmp/cmp"
+	"golang.org/x/sys/unix"
+
+	"shunt.dev/shunt/bpf"
+	"shunt.dev/shunt/internal/testbed"
+)
+
+func TestMain(m *testing.M) { testbed.Main(m) }
+
+// node gives the options of a node of the test's own.
+func node(t testing.TB) Options {
+	t.Helper()
+	return Options{
+		BPFDir: filepath.Join(testbed.BPFFS(t), "shunt"),
+		RunDir: filepath.Join(t.TempDir(), "run"),
+		Log:    slog.New(slog.DiscardHandler),
+	}
+}
+
+func testRules(p *testbed.Pod) Rules {
+	return Rules{
+		UID: 1337, GID: 1337,
+		OutboundPort: 15001, InboundPort: 15006, TunnelPort: 15008, DNSPort: 15053,
+		Flags:   bpf.ShuntPodFlagPOD_OUT_ALL | bpf.ShuntPodFlagPOD_IN_PORTS,
+		Source4: p.Addr4(), Source6: p.Addr6(),
+		Dests: []Dest{
+			{Prefix: netip.PrefixFrom(p.Addr4(), 32), Flags: bpf.ShuntDestFlagDEST_LOCAL},
+			{Prefix: netip.PrefixFrom(p.Addr6(), 128), Flags: bpf.ShuntDestFlagDEST_LOCAL},
+			{Prefix: netip.MustParsePrefix("10.1.0.0/16"), Flags: bpf.ShuntDestFlagDEST_EXCLUDE},
+		},
+		Ports: []Port{{Direction: bpf.ShuntDirectionDIR_IN, Port: 8080, Bits: 16, Flags: bpf.ShuntPortFlagPORT_INCLUDE}},
+	}
+}
+
+func podID(p *testbed.Pod) ID { return ID{ContainerID: p.ContainerID, IfName: "eth0"} }
+
+func attach(ctx context.Context, opts Options, p *testbed.Pod, rules Rules) error {
+	ns, err := OpenNetns(p.NetnsPath())
+	if err != nil {
+		return err
+	}
+	defer ns.Close()
+	d, err := Open(ctx, opts)
+	if err != nil {
+		return err
+	}
+	defer d.Close()
+	return d.Attach(podID(p), PodRef{Namespace: p.Namespace, Name: p.Name, UID: p.UID}, ns, p.NetnsPath(), p.CgroupPath(), rules)
+}
+
+func mustAttach(t testing.TB, opts Options, p *testbed.Pod, rules Rules) {
+	t.Helper()
+	if err := attach(t.Context(), opts, p, rules); err != nil {
+		t.Fatal(err)
+	}
+	if err := Check(t.Context(), opts, podID(p)); err != nil {
+		t.Fatalf("check after attach: %v", err)
+	}
+}
+
+func mustRemove(t testing.TB, opts Options, p *testbed.Pod) {
+	t.Helper()
+	if err := Remove(t.Context(), opts, podID(p)); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// entries counts the entries of a pinned map.
+func entries(t testing.TB, opts Options, name string) (n int) {
+	t.Helper()
+	dirs, _ := filepath.Glob(filepath.Join(opts.BPFDir, "datapath-*"))
+	for _, dir := range dirs {
+		m, err := cebpf.LoadPinnedMap(filepath.Join(dir, name), nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer m.Close()
+		var k, v []byte
+		for it := m.Iterate(); it.Next(&k, &v); {
+			n++
+		}
+	}
+	return n
+}
+
+// nothingLeft fails the test if anything but the node's datapath is there.
+func nothingLeft(t testing.TB, opts Options) {
+	t.Helper()
+	for _, name := range []string{bpf.ShuntMapPods, bpf.ShuntMapStates, bpf.ShuntMapDests, bpf.ShuntMapPorts, bpf.ShuntMapInflight} {
+		if n := entries(t, opts, name); n != 0 {
+			t.Errorf("map %s has %d entries left", name, n)
+		}
+	}
+	for _, dir := range []string{opts.BPFDir + "/" + cgroupLinks, opts.BPFDir + "/" + netnsLinks,
+		opts.RunDir + "/" + recordsDir, opts.RunDir + "/" + cgroupUsers, opts.RunDir + "/" + netnsUsers} {
+		left, err := os.ReadDir(dir)
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+			t.Error(err)
+		}
+		for _, e := range left {
+			t.Errorf("left behind: %s", filepath.Join(dir, e.Name()))
+		}
+	}
+}
+
+// attached counts the programs of a hook at the pod's cgroup itself.
+func attached(t testing.TB, p *testbed.Pod, at cebpf.AttachType) int {
+	t.Helper()
+	cg, err := os.Open(p.CgroupPath())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer cg.Close()
+	r, err := ebpflink.QueryPrograms(ebpflink.QueryOptions{Target: int(cg.Fd()), Attach: at})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return len(r.Programs)
+}
+
+func TestPrivilegedAttachTwice(t *testing.T) {
+	testbed.Privileged(t)
+	testbed.NoLeaks(t)
+	opts, p := node(t), testbed.NewPod(t)
+	mustAttach(t, opts, p, testRules(p))
+	mustAttach(t, opts, p, testRules(p))
+	for _, h := range hooks {
+		if n := attached(t, p, h.attach); n != 1 {
+			t.Errorf("%v: %d programs at the pod's cgroup, want 1", h.attach, n)
+		}
+	}
+	mustRemove(t, opts, p)
+	mustRemove(t, opts, p)
+	for _, h := range hooks {
+		if n := attached(t, p, h.attach); n != 0 {
+			t.Errorf("%v: %d programs at the pod's cgroup after the removal", h.attach, n)
+		}
+	}
+	nothingLeft(t, opts)
+}
+
+func TestPrivilegedAttachOtherRules(t *testing.T) {
+	testbed.Privileged(t)
+	testbed.NoLeaks(t)
+	opts, p := node(t), testbed.NewPod(t)
+	rules := testRules(p)
+	mustAttach(t, opts, p, rules)
+	rules.Flags |= bpf.ShuntPodFlagPOD_NO_OUT_LOCAL
+	rules.Dests = append(rules.Dests[:2:2], Dest{Prefix: netip.MustParsePrefix("10.2.0.0/16"), Flags: bpf.ShuntDestFlagDEST_INCLUDE})
+	rules.Ports = nil
+	mustAttach(t, opts, p, rules)
+	if n := entries(t, opts, bpf.ShuntMapDests); n != len(rules.Dests) {
+		t.Errorf("%d prefixes, want %d: entries of the earlier rules are left", n, len(rules.Dests))
+	}
+	if n := entries(t, opts, bpf.ShuntMapPorts); n != 0 {
+		t.Errorf("%d ports of the earlier rules are left", n)
+	}
+	mustRemove(t, opts, p)
+	nothingLeft(t, opts)
+}
+
+// The load races, and each attachment with all the others.
+func TestPrivilegedAttachAtOnce(t *testing.T) {
+	testbed.Privileged(t)
+	testbed.NoLeaks(t)
+	opts, w := node(t), testbed.NewWorld(t)
+	var pods []*testbed.Pod
+	for range 12 {
+		pods = append(pods, testbed.NewPod(t, testbed.InWorld(w)))
+	}
+	all := func(what string, f func(p *testbed.Pod) error) {
+		t.Helper()
+		errs := make([]error, len(pods))
+		var wg sync.WaitGroup
+		for i, p := range pods {
+			wg.Go(func() { errs[i] = f(p) })
+		}
+		wg.Wait()
+		for i, err := range errs {
+			if err != nil {
+				t.Errorf("%s pod %d: %v", what, i, err)
+			}
+		}
+	}
+	all("attach", func(p *testbed.Pod) error { return attach(t.Context(), opts, p, testRules(p)) })
+	if dirs, _ := os.ReadDir(opts.BPFDir); len(dirs) != 3 { // the datapath, cgroups, netns
+		t.Errorf("%s has %v", opts.BPFDir, dirs)
+	}
+	all("check", func(p *testbed.Pod) error { return Check(t.Context(), opts, podID(p)) })
+	all("remove", func(p *testbed.Pod) error { return Remove(t.Context(), opts, podID(p)) })
+	nothingLeft(t, opts)
+}
+
+// Whatever is taken away, CHECK names it and Attach mends it.
+func TestPrivilegedCheckNamesAndAttachMends(t *testing.T) {
+	testbed.Privileged(t)
+	testbed.NoLeaks(t)
+	opts, p := node(t), testbed.NewPod(t)
+	rules := testRules(p)
+	mustAttach(t, opts, p, rules)
+	cookie := p.NetnsCookie(t)
+	datapath := filepath.Join(opts.BPFDir, "datapath-"+bpf.Digest[:16])
+	unpin := func(path ...string) func(t *testing.T) {
+		return func(t *testing.T) {
+			if err := os.Remove(filepath.Join(append([]string{opts.BPFDir}, path...)...)); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	inMap := func(name string, f func(m *cebpf.Map) error) func(t *testing.T) {
+		return func(t *testing.T) {
+			m, err := cebpf.LoadPinnedMap(filepath.Join(datapath, name), nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer m.Close()
+			if err := f(m); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	var st unix.Stat_t
+	if err := unix.Stat(p.CgroupPath(), &st); err != nil {
+		t.Fatal(err)
+	}
+	cg := fmt.Sprint(st.Ino)
+	type damage struct {
+		name, want string
+		do         func(t *testing.T)
+	}
+	damages := []damage{
+		{"pod entry gone", "the pod's entry is missing", inMap(bpf.ShuntMapPods, func(m *cebpf.Map) error { return m.Delete(cookie) })},
+		{"pod entry differs", "the pod's entry differs", inMap(bpf.ShuntMapPods, func(m *cebpf.Map) error {
+			v := rules.pod()
+			v.Uid++
+			return m.Put(cookie, v)
+		})},
+		{"state gone", "the pod's state is missing", inMap(bpf.ShuntMapStates, func(m *cebpf.Map) error { return m.Delete(cookie) })},
+		{"prefix gone", "prefix 10.1.0.0/16 is missing", inMap(bpf.ShuntMapDests, func(m *cebpf.Map) error { return m.Delete(rules.Dests[2].key(cookie)) })},
+		{"port gone", "port block 8080/16 is missing", inMap(bpf.ShuntMapPorts, func(m *cebpf.Map) error { return m.Delete(rules.Ports[0].key(cookie)) })},
+		{"stamp link gone", "stamp program is not attached", unpin(netnsLinks, fmt.Sprint(cookie), stampLink)},
+		{"sk_lookup link gone", "sk_lookup program is not attached", unpin(netnsLinks, fmt.Sprint(cookie), skLookupLink)},
+	}
+	for _, h := range hooks {
+		damages = append(damages, damage{h.program + " link gone", h.attach.String() + " is not attached to the pod's cgroup", unpin(cgroupLinks, cg, h.program)})
+	}
+	for _, d := range damages {
+		t.Run(d.name, func(t *testing.T) {
+			d.do(t)
+			err := Check(t.Context(), opts, podID(p))
+			if err == nil || !strings.Contains(err.Error(), d.want) {
+				t.Errorf("check says %v, want it to name %q", err, d.want)
+			}
+			mustAttach(t, opts, p, rules)
+		})
+	}
+	for _, h := range hooks {
+		testbed.Eventually(t, "one program at the pod's cgroup", func() bool { return attached(t, p, h.attach) == 1 })
+	}
+	mustRemove(t, opts, p)
+	if err := Check(t.Context(), opts, podID(p)); !errors.Is(err, ErrNotAttached) {
+		t.Errorf("check after the removal: %v", err)
+	}
+	nothingLeft(t, opts)
+}
+
+func TestPrivilegedOtherBuild(t *testing.T) {
+	testbed.Privileged(t)
+	testbed.NoLeaks(t)
+	opts, p := node(t), testbed.NewPod(t)
+	other := filepath.Join(opts.BPFDir, "datapath-0123456789abcdef")
+	unfinished := filepath.Join(opts.BPFDir, "load-1")
+	user := filepath.Join(opts.BPFDir, cgroupLinks, "1")
+	for _, dir := range []string{other, unfinished, user} {
+		if err := os.MkdirAll(dir, 0o700); err != nil {
+			t.Fatal(err)
+		}
+	}
+	err := attach(t.Context(), opts, p, testRules(p))
+	if !errors.Is(err, ErrOtherBuild) || !strings.Contains(err.Error(), filepath.Base(other)) {
+		t.Errorf("attach beside another build that is in use: %v", err)
+	}
+	if _, err := os.Stat(other); err != nil {
+		t.Errorf("the other build's pins: %v", err)
+	}
+	if err := os.Remove(user); err != nil {
+		t.Fatal(err)
+	}
+	mustAttach(t, opts, p, testRules(p))
+	for _, dir := range []string{other, unfinished} {
+		if _, err := os.Stat(dir); !errors.Is(err, fs.ErrNotExist) {
+			t.Errorf("%s is still there: %v", dir, err)
+		}
+	}
+	mustRemove(t, opts, p)
+	nothingLeft(t, opts)
+}
+
+// A policy that doesn't fit is an error that says so, and nothing of it stays.
+func TestPrivilegedMapFull(t *testing.T) {
+	testbed.Privileged(t)
+	testbed.NoLeaks(t)
+	opts, p := node(t), testbed.NewPod(t)
+	opts.maxPrefixes = 8
+	rules := testRules(p)
+	for i := range 20 {
+		rules.Dests = append(rules.Dests, Dest{Prefix: netip.PrefixFrom(netip.AddrFrom4([4]byte{172, 16, byte(i), 0}), 24)})
+	}
+	err := attach(t.Context(), opts, p, rules)
+	if err == nil || !strings.Contains(err.Error(), "the map is full") || !strings.Contains(err.Error(), "prefix 172.16.") {
+		t.Errorf("attach: %v, want an error that names the prefix and says that the map is full", err)
+	}
+	nothingLeft(t, opts)
+	mustAttach(t, opts, p, testRules(p))
+	mustRemove(t, opts, p)
+}
+
+// After a reboot the cookie may be another pod's.
+func TestPrivilegedRecordOfEarlierBoot(t *testing.T) {
+	testbed.Privileged(t)
+	testbed.NoLeaks(t)
+	opts, p := node(t), testbed.NewPod(t)
+	mustAttach(t, opts, p, testRules(p))
+	d := &Datapath{opts: opts}
+	r, err := d.readRecord(podID(p))
+	if err != nil {
+		t.Fatal(err)
+	}
+	stale := *r
+	stale.ID, stale.BootID = ID{"deadbeef", "eth0"}, "00000000-0000-0000-0000-000000000000"
+	if err := d.writeRecord(&stale); err != nil {
+		t.Fatal(err)
+	}
+	if err := Remove(t.Context(), opts, stale.ID); err != nil {
+		t.Fatal(err)
+	}
+	if err := Check(t.Context(), opts, podID(p)); err != nil {
+		t.Errorf("the removal of an earlier boot's attachment hurt this boot's: %v", err)
+	}
+	mustRemove(t, opts, p)
+	nothingLeft(t, opts)
+}
+
+// Two attachments of one network namespace (a standalone and a chained entry,
+// say) share its programming until both are gone.
+func TestPrivilegedTwoAttachmentsOfANetns(t *testing.T) {
+	testbed.Privileged(t)
+	testbed.NoLeaks(t)
+	opts, p := node(t), testbed.NewPod(t)
+	mustAttach(t, opts, p, testRules(p))
+	second := *p
+	second.ContainerID = "second"
+	mustAttach(t, opts, &second, testRules(p))
+	mustRemove(t, opts, p)
+	if err := Check(t.Context(), opts, podID(&second)); err != nil {
+		t.Errorf("the removal of one attachment hurt the other: %v", err)
+	}
+	mustRemove(t, opts, &second)
+	nothingLeft(t, opts)
+}
+
+func TestPrivilegedHostNetns(t *testing.T) {
+	testbed.Privileged(t)
+	for _, path := range []string{"/proc/self/ns/net", "/proc/thread-self/ns/net"} {
+		if _, err := OpenNetns(path); !errors.Is(err, ErrHostNetns) {
+			t.Errorf("open %s: %v, want %v", path, err, ErrHostNetns)
+		}
+	}
+	if _, err := OpenNetns(filepath.Join(t.TempDir(), "none")); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("open a path that is not there: %v", err)
+	}
+	if _, err := OpenNetns("/proc/self/ns/mnt"); err == nil {
+		t.Error("a mount namespace was taken for a network namespace")
+	}
+}
+
+// Who holds the lock too long makes others give up in time, and say why.
+func TestPrivilegedLockIsBounded(t *testing.T) {
+	testbed.Privileged(t)
+	opts := node(t)
+	d, err := Open(t.Context(), opts)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+	defer cancel()
+	if _, err := Open(ctx, opts); !errors.Is(err, context.DeadlineExceeded) || !strings.Contains(err.Error(), "held by another shunt process") {
+		t.Errorf("open while locked: %v", err)
+	}
+	d.Close()
+	d, err = Open(t.Context(), opts)
+	if err != nil {
+		t.Fatalf("open after the lock was released: %v", err)
+	}
+	d.Close()
+}
+
+func TestPrivilegedNotABPFFS(t *testing.T) {
+	testbed.Privileged(t)
+	opts := node(t)
+	opts.BPFDir = filepath.Join(t.TempDir(), "shunt")
+	if _, err := Open(t.Context(), opts); err == nil || !strings.Contains(err.Error(), "mount -t bpf") {
+		t.Errorf("open outside a bpffs: %v, want an error that says how to mount one", err)
+	}
+	if _, err := os.Stat(opts.BPFDir); !errors.Is(err, fs.ErrNotExist) {
+		t.Error("the directory was made all the same")
+	}
+}
+
+func TestRuleKeys(t *testing.T) {
+	const cookie = 0x0102030405060708
+	d := Dest{Prefix: netip.MustParsePrefix("10.1.0.0/16"), Flags: bpf.ShuntDestFlagDEST_LOCAL}.key(cookie)
+	if d.Prefixlen != 64+96+16 || d.Cookie != [2]uint32{0x05060708, 0x01020304} || d.Addr.W != words(netip.MustParseAddr("::ffff:10.1.0.0")) {
+		t.Errorf("key of an IPv4 prefix: %+v", d)
+	}
+	p := Port{Direction: bpf.ShuntDirectionDIR_IN, Port: 0x1f90, Bits: 12}.key(cookie)
+	if p.Prefixlen != 64+16+12 || p.Direction != 1 || p.Port != order16(8080) {
+		t.Errorf("key of a port block: %+v", p)
+	}
+}
+
+func TestStale(t *testing.T) {
+	prefix := func(s string) Dest { return Dest{Prefix: netip.MustParsePrefix(s)} }
+	old := &Rules{Dests: []Dest{prefix("10.0.0.0/8"), prefix("10.1.0.0/16")}, Ports: []Port{{Port: 80, Bits: 16}, {Port: 0x2000, Bits: 4}}}
+	now := &Rules{Dests: []Dest{prefix("10.1.0.0/16")}, Ports: []Port{{Port: 80, Bits: 16, Flags: 1}}}
+	want := &Rules{Dests: old.Dests[:1], Ports: old.Ports[1:]}
+	if diff := cmp.Diff(want, stale(old, now), cmp.Comparer(func(a, b netip.Prefix) bool { return a == b }), cmp.Comparer(func(a, b netip.Addr) bool { return a == b })); diff != "" {
+		t.Errorf("stale (-want +got):\n%s", diff)
+	}
+}
