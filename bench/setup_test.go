@@ -149,9 +149,11 @@ func BenchmarkKernelProgramming(b *testing.B) {
 		timed("step-netns", func() (err error) { ns, err = loader.OpenNetns(target.Netns); return err })
 		timed("step-compile", func() error { rs = ebpf.Compile(pol, ebpf.Net{Netns: ns}); return nil })
 		timed("step-open", func() (err error) { d, err = loader.Open(b.Context(), opts); return err })
-		id := loader.ID{ContainerID: p.ContainerID, IfName: "eth0"}
 		timed("step-attach", func() error {
-			return d.Attach(id, loader.PodRef(target.Pod), ns, target.Netns, target.Cgroup, rs)
+			return d.Attach(loader.Target{
+				ID:    loader.ID{ContainerID: p.ContainerID, IfName: "eth0"},
+				Netns: ns, Cgroup: target.Cgroup, Pod: loader.PodRef(target.Pod),
+			}, rs)
 		})
 		d.Close()
 		ns.Close()

@@ -415,11 +415,14 @@ static __always_inline __u64 either(__u32 x, __u32 y)
 	return (__u64)x * y;
 }
 
-// is_loopback: 127.0.0.0/8 or ::1, which need no look-up to be local
+// is_loopback: 127.0.0.0/8, ::1, or ::6 (which is on lo), which need no look-up
+// to be local
 static __always_inline bool is_loopback(const struct addr *a)
 {
+	__u64 one_or_six = either(a->w[3] ^ bpf_htonl(1), a->w[3] ^ bpf_htonl(6));
+
 	return either(above(a, MAPPED_WORD) | ((a->w[3] ^ bpf_htonl(0x7f000000)) & bpf_htonl(0xff000000)),
-		      above(a, 0) | (a->w[3] ^ bpf_htonl(1))) == 0;
+		      above(a, 0) | (__u32)(one_or_six | one_or_six >> 32)) == 0;
 }
 
 // is_lo: LO of the semantics, 127.0.0.1 or ::1

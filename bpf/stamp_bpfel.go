@@ -4,7 +4,7 @@
 package bpf
 
 // Digest is the SHA-256 of the compiled object.
-const Digest = "05a0e13b5048e2b043fa373a994fd5cea1c55dcfe97bf5ff755c951614909492"
+const Digest = "6a72e3285ba2f4e0f320aff8e596121a9911e5e55293cab6da94e70f1df3b001"
 
 // stampCode is the program's instructions, with map descriptors of zero.
 const stampCode = "" +

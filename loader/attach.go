@@ -48,34 +48,37 @@ var hookNames = func() (names []string) {
 	return names
 }()
 
-// Attach programs a pod: its network namespace ns, whose processes are in the
-// cgroup2 directory cgroup, by rules. Repeating it mends what is missing and
+// A Target is what Attach attaches to.
+type Target struct {
+	ID
+	Network string // the CNI network's name
+	Pod     PodRef
+	Netns   *Netns
+	Cgroup  string // directory of the pod's own cgroup in cgroup2
+}
+
+// Attach programs a pod by rules. Repeating it mends what is missing and
 // replaces what differs. On error nothing of the attachment is left.
-func (d *Datapath) Attach(id ID, pod PodRef, ns *Netns, nsPath, cgroup string, rules Rules) (err error) {
-	boot, err := bootID()
+func (d *Datapath) Attach(t Target, rules Rules) (err error) {
+	cgroup, cgroupID, err := openCgroup(t.Cgroup)
 	if err != nil {
 		return err
 	}
-	cg, err := os.Open(cgroup)
-	if err != nil {
-		return fmt.Errorf("open the pod's cgroup: %w", err)
-	}
-	defer cg.Close()
-	var st unix.Stat_t
-	if err := unix.Fstat(int(cg.Fd()), &st); err != nil {
-		return fmt.Errorf("stat the pod's cgroup: %w", err)
-	}
+	defer cgroup.close()
 	r := &Record{
-		ID: id, BootID: boot, Build: filepath.Base(d.dir), Pod: pod,
-		Cookie: ns.Cookie, NetnsIno: ns.Inode, Netns: nsPath,
-		Cgroup: cgroup, CgroupID: st.Ino, Rules: rules,
+		ID: t.ID, Network: t.Network, Pod: t.Pod, Build: filepath.Base(d.dir),
+		Cookie: t.Netns.Cookie, NetnsIno: t.Netns.Inode, Netns: t.Netns.path,
+		Cgroup: t.Cgroup, CgroupID: cgroupID, Rules: rules,
+	}
+	if r.Epoch, err = d.epoch(r.Build); err != nil {
+		return err
 	}
 
-	old, err := d.readRecord(id)
+	old, err := d.readRecord(r.ID)
 	if err != nil {
 		return err
 	}
-	if old != nil && (old.BootID != r.BootID || old.Cookie != r.Cookie || old.CgroupID != r.CgroupID || old.Build != r.Build) {
+	if old != nil && (old.Epoch != r.Epoch || old.Build != r.Build || old.Cookie != r.Cookie || old.CgroupID != r.CgroupID) {
 		if err := d.undo(old); err != nil {
 			return fmt.Errorf("undo an earlier attachment of the same id: %w", err)
 		}
@@ -83,21 +86,15 @@ func (d *Datapath) Attach(id ID, pod PodRef, ns *Netns, nsPath, cgroup string, r
 	}
 
 	// From here on the record says what may have been done.
-	if err := d.writeRecord(r); err != nil {
-		return err
-	}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, d.undo(r))
 		}
 	}()
-	if err := d.claim(cgroupUsers, strconv.FormatUint(r.CgroupID, 10), id); err != nil {
+	if err := d.writeRecord(r); err != nil {
 		return err
 	}
-	if err := d.claim(netnsUsers, strconv.FormatUint(r.Cookie, 10), id); err != nil {
-		return err
-	}
-	if err := ns.addPassthrough(); err != nil {
+	if err := t.Netns.addPassthrough(); err != nil {
 		return err
 	}
 	if err := d.writeRules(r); err != nil {
@@ -108,10 +105,24 @@ func (d *Datapath) Attach(id ID, pod PodRef, ns *Netns, nsPath, cgroup string, r
 			return err
 		}
 	}
-	if err := d.linkCgroup(r, fd(cg.Fd())); err != nil {
+	if err := d.linkCgroup(r, cgroup); err != nil {
 		return err
 	}
-	return d.linkNetns(r, fd(ns.file.Fd()))
+	return d.linkNetns(r, t.Netns.fd)
+}
+
+// openCgroup opens a cgroup's directory. A cgroup's id is its inode number.
+func openCgroup(path string) (f fd, id uint64, err error) {
+	n, err := unix.Open(path, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return -1, 0, fmt.Errorf("open the pod's cgroup: %w", &fs.PathError{Op: "open", Path: path, Err: err})
+	}
+	var st unix.Stat_t
+	if err := unix.Fstat(n, &st); err != nil {
+		unix.Close(n)
+		return -1, 0, fmt.Errorf("stat the pod's cgroup: %w", err)
+	}
+	return fd(n), st.Ino, nil
 }
 
 // stale is the part of old whose keys are not in now.
@@ -221,7 +232,7 @@ func (d *Datapath) removeRules(cookie uint64, rules *Rules) error {
 // by their netns, so it uses the same. A second set would run every program
 // twice.
 func (d *Datapath) linkCgroup(r *Record, cgroup fd) error {
-	dir := filepath.Join(d.opts.BPFDir, cgroupLinks, strconv.FormatUint(r.CgroupID, 10))
+	dir := d.cgroupLinks(r.CgroupID)
 	fresh, err := makeDir(dir)
 	if err != nil {
 		return fmt.Errorf("make a folder for links: %w", err)
@@ -419,6 +430,10 @@ func (d *Datapath) wrongNetnsLinks(r *Record) (wrong []string, err error) {
 	return wrong, nil
 }
 
+func (d *Datapath) cgroupLinks(id uint64) string {
+	return filepath.Join(d.opts.BPFDir, cgroupLinks, strconv.FormatUint(id, 10))
+}
+
 func (d *Datapath) netnsLinks(cookie uint64) string {
 	return filepath.Join(d.opts.BPFDir, netnsLinks, strconv.FormatUint(cookie, 10))
 }
@@ -426,9 +441,7 @@ func (d *Datapath) netnsLinks(cookie uint64) string {
 // Remove undoes Attach, by the attachment's ID alone. It succeeds when there is
 // nothing to do.
 func Remove(ctx context.Context, opts Options, id ID) error {
-	probe := &Datapath{opts: opts}
-	// Unlocked, this is only a shortcut for pods that have nothing.
-	if _, err := os.Lstat(probe.recordPath(id)); errors.Is(err, fs.ErrNotExist) {
+	if !hasRecord(opts, id) {
 		return nil
 	}
 	d, err := openForRemoval(ctx, opts)
@@ -443,42 +456,46 @@ func Remove(ctx context.Context, opts Options, id ID) error {
 	return d.undo(r)
 }
 
+// hasRecord looks without the lock: the shortcut for pods that have nothing, on
+// a node that may never have had anything.
+func hasRecord(opts Options, id ID) bool {
+	d := &Datapath{opts: opts}
+	_, err := os.Lstat(d.recordPath(id))
+	return !errors.Is(err, fs.ErrNotExist)
+}
+
 // undo removes all that a record speaks of, and the record when all is gone.
 // Links go before the entries that their programs need. Every step is tried.
 func (d *Datapath) undo(r *Record) error {
-	boot, err := bootID()
+	epoch, err := d.epoch(r.Build)
+	if err == nil && epoch == r.Epoch {
+		err = d.ofBuild(r.Build).detach(r)
+	}
+	if err != nil {
+		return fmt.Errorf("undo attachment %v: %w", r.ID, err)
+	}
+	return d.removeRecord(r)
+}
+
+// detach takes away what no other attachment needs.
+func (d *Datapath) detach(r *Record) error {
+	defer d.closeFDs()
+	sharedNetns, sharedCgroup, err := d.others(r)
 	if err != nil {
 		return err
 	}
-	cgroup, cookie := strconv.FormatUint(r.CgroupID, 10), strconv.FormatUint(r.Cookie, 10)
 	var errs []error
-	if boot == r.BootID {
-		d := d.ofBuild(r.Build)
-		if d != nil {
-			defer d.closeFDs()
-		}
-		others, err := d.others(netnsUsers, cookie, r.ID)
-		if errs = append(errs, err); err == nil && len(others) == 0 {
-			// The one that decides goes first: without a stamp it refuses.
-			errs = append(errs, d.unlinkAll(d.netnsLinks(r.Cookie), skLookupLink, stampLink))
-		}
-		last := len(others) == 0
-		others, err = d.others(cgroupUsers, cgroup, r.ID)
-		if errs = append(errs, err); err == nil && len(others) == 0 {
-			errs = append(errs, d.unlinkAll(filepath.Join(d.opts.BPFDir, cgroupLinks, cgroup), hookNames...))
-		}
-		if last {
-			errs = append(errs, d.removePod(r))
-		}
+	if !sharedNetns {
+		// The one that decides goes first: without a stamp it refuses.
+		errs = append(errs, d.unlinkAll(d.netnsLinks(r.Cookie), skLookupLink, stampLink))
 	}
-	if err := errors.Join(errs...); err != nil {
-		return fmt.Errorf("undo attachment %v: %w", r.ID, err)
+	if !sharedCgroup {
+		errs = append(errs, d.unlinkAll(d.cgroupLinks(r.CgroupID), hookNames...))
 	}
-	return errors.Join(
-		d.unclaim(netnsUsers, cookie, r.ID),
-		d.unclaim(cgroupUsers, cgroup, r.ID),
-		d.removeRecord(r.ID),
-	)
+	if !sharedNetns {
+		errs = append(errs, d.removePod(r))
+	}
+	return errors.Join(errs...)
 }
 
 // ofBuild gives the datapath in another directory, for what lies in its maps.
@@ -532,6 +549,11 @@ var ErrNotAttached = errors.New("not attached")
 // Check compares what is in the kernel with what Attach made. It fails with
 // ErrNotAttached without a record, else with one error a difference.
 func Check(ctx context.Context, opts Options, id ID) error {
+	probe := &Datapath{opts: opts}
+	// Of a pod that has nothing there may be no node's lock either.
+	if _, err := os.Lstat(probe.recordPath(id)); errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("attachment %v: %w", id, ErrNotAttached)
+	}
 	d, err := openForRemoval(ctx, opts)
 	if err != nil {
 		return err
@@ -544,12 +566,12 @@ func Check(ctx context.Context, opts Options, id ID) error {
 	if r == nil {
 		return fmt.Errorf("attachment %v: %w", id, ErrNotAttached)
 	}
-	boot, err := bootID()
+	epoch, err := d.epoch(r.Build)
 	if err != nil {
 		return err
 	}
-	if boot != r.BootID {
-		return fmt.Errorf("attachment %v: %w: its record is of an earlier boot", id, ErrNotAttached)
+	if epoch != r.Epoch {
+		return fmt.Errorf("attachment %v: %w: its record is of a datapath that is gone", id, ErrNotAttached)
 	}
 	b := d.ofBuild(r.Build)
 	defer b.closeFDs()
@@ -596,7 +618,7 @@ func (d *Datapath) checkRules(r *Record) error {
 
 func (d *Datapath) checkLinks(r *Record) error {
 	var errs []error
-	dir := filepath.Join(d.opts.BPFDir, cgroupLinks, strconv.FormatUint(r.CgroupID, 10))
+	dir := d.cgroupLinks(r.CgroupID)
 	for _, h := range hooks {
 		prog, err := d.object(h.program)
 		if err != nil {

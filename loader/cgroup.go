@@ -257,6 +257,9 @@ func holdsPods(root *os.Root, rel string) bool {
 	if slices.Contains(groups, path.Base(rel)) {
 		return true
 	}
+	if isPodDir(path.Base(rel)) {
+		return false // the usual case is spared the reading
+	}
 	subs, err := subdirs(root, rel)
 	return err != nil || slices.ContainsFunc(subs, isPodDir)
 }

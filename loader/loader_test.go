@@ -6,6 +6,7 @@ package loader
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -67,7 +68,10 @@ func attach(ctx context.Context, opts Options, p *testbed.Pod, rules Rules) erro
 		return err
 	}
 	defer d.Close()
-	return d.Attach(podID(p), PodRef{Namespace: p.Namespace, Name: p.Name, UID: p.UID}, ns, p.NetnsPath(), p.CgroupPath(), rules)
+	return d.Attach(Target{
+		ID: podID(p), Network: "test", Netns: ns, Cgroup: p.CgroupPath(),
+		Pod: PodRef{Namespace: p.Namespace, Name: p.Name, UID: p.UID},
+	}, rules)
 }
 
 func mustAttach(t testing.TB, opts Options, p *testbed.Pod, rules Rules) {
@@ -114,7 +118,7 @@ func nothingLeft(t testing.TB, opts Options) {
 		}
 	}
 	for _, dir := range []string{opts.BPFDir + "/" + cgroupLinks, opts.BPFDir + "/" + netnsLinks,
-		opts.RunDir + "/" + recordsDir, opts.RunDir + "/" + cgroupUsers, opts.RunDir + "/" + netnsUsers} {
+		opts.RunDir + "/" + recordsDir, opts.RunDir + "/" + usersDir} {
 		left, err := os.ReadDir(dir)
 		if err != nil && !errors.Is(err, fs.ErrNotExist) {
 			t.Error(err)
@@ -349,7 +353,8 @@ func TestPrivilegedRecordOfEarlierBoot(t *testing.T) {
 		t.Fatal(err)
 	}
 	stale := *r
-	stale.ID, stale.BootID = ID{"deadbeef", "eth0"}, "00000000-0000-0000-0000-000000000000"
+	stale.ID = ID{"deadbeef", "eth0"}
+	stale.Epoch--
 	if err := d.writeRecord(&stale); err != nil {
 		t.Fatal(err)
 	}
@@ -426,6 +431,43 @@ func TestPrivilegedNotABPFFS(t *testing.T) {
 	}
 	if _, err := os.Stat(opts.BPFDir); !errors.Is(err, fs.ErrNotExist) {
 		t.Error("the directory was made all the same")
+	}
+}
+
+// The record is written by hand and read by encoding/json.
+func TestRecordEncoding(t *testing.T) {
+	want := &Record{
+		ID: ID{"0123abcd", "eth0"}, Network: "a \"name\"\n", Build: "datapath-1", Epoch: 1<<62 + 1,
+		Pod:    PodRef{"ns", "pöd", "uid"},
+		Cookie: 1<<64 - 1, NetnsIno: 1<<32 - 1, Netns: "/var/run/netns/x", Cgroup: `/sys/fs/cgroup/a\b`, CgroupID: 1<<63 + 1,
+		Rules: Rules{
+			UID: 1, GID: 2, OutboundPort: 3, InboundPort: 4, TunnelPort: 5, DNSPort: 6, Flags: 7,
+			Source4: netip.MustParseAddr("10.0.0.1"),
+			Dests: []Dest{
+				{Prefix: netip.MustParsePrefix("10.0.0.0/8"), Flags: 1, Source: netip.MustParseAddr("10.0.0.2")},
+				{Prefix: netip.MustParsePrefix("fd00::/8"), Flags: 2},
+			},
+			Ports: []Port{{1, 8080, 16, 3}, {0, 0, 0, 1}},
+		},
+	}
+	got := new(Record)
+	if err := json.Unmarshal(want.encode(), got); err != nil {
+		t.Fatalf("%v in %s", err, want.encode())
+	}
+	if diff := cmp.Diff(want, got, cmp.Comparer(func(a, b netip.Prefix) bool { return a == b }), cmp.Comparer(func(a, b netip.Addr) bool { return a == b })); diff != "" {
+		t.Errorf("what comes back differs (-want +got):\n%s", diff)
+	}
+	// Nothing was forgotten: every field of the type is in the sample.
+	byReflection, err := json.Marshal(want)
+	if err != nil {
+		t.Fatal(err)
+	}
+	again := new(Record)
+	if err := json.Unmarshal(byReflection, again); err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff(again, got, cmp.Comparer(func(a, b netip.Prefix) bool { return a == b }), cmp.Comparer(func(a, b netip.Addr) bool { return a == b })); diff != "" {
+		t.Errorf("what reflection writes differs (-reflection +by hand):\n%s", diff)
 	}
 }
 

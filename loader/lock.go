@@ -6,7 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
+	"io/fs"
 
 	"golang.org/x/sys/unix"
 )
@@ -14,13 +14,13 @@ import (
 // lock takes the node's lock: whoever holds it is alone in changing pins,
 // records and links. The kernel releases it when the process ends, however it
 // ends. It waits until ctx is done.
-func lock(ctx context.Context, path string) (release func(), err error) {
-	f, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR|unix.O_CLOEXEC|unix.O_NOFOLLOW, 0o600)
+func lock(ctx context.Context, path string) (func(), error) {
+	f, err := unix.Open(path, unix.O_CREAT|unix.O_RDWR|unix.O_CLOEXEC|unix.O_NOFOLLOW, 0o600)
 	if err != nil {
-		return nil, fmt.Errorf("open the node's lock: %w", err)
+		return nil, fmt.Errorf("open the node's lock: %w", &fs.PathError{Op: "open", Path: path, Err: err})
 	}
-	release = func() { f.Close() }
-	err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+	release := func() { unix.Close(f) }
+	err = unix.Flock(f, unix.LOCK_EX|unix.LOCK_NB)
 	if err == nil {
 		return release, nil
 	}
@@ -32,7 +32,7 @@ func lock(ctx context.Context, path string) (release func(), err error) {
 	done := make(chan error, 1)
 	go func() {
 		for {
-			err := unix.Flock(int(f.Fd()), unix.LOCK_EX)
+			err := unix.Flock(f, unix.LOCK_EX)
 			if !errors.Is(err, unix.EINTR) {
 				done <- err
 				return
@@ -47,7 +47,7 @@ func lock(ctx context.Context, path string) (release func(), err error) {
 		}
 		return release, nil
 	case <-ctx.Done():
-		go func() { <-done; f.Close() }()
+		go func() { <-done; release() }()
 		return nil, fmt.Errorf("wait for %s, held by another shunt process: %w", path, context.Cause(ctx))
 	}
 }

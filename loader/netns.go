@@ -5,9 +5,9 @@ package loader
 import (
 	"errors"
 	"fmt"
+	"io/fs"
 	"net"
 	"net/netip"
-	"os"
 	"runtime"
 	"slices"
 
@@ -22,7 +22,8 @@ var passthrough6 = netip.MustParsePrefix("::6/128")
 
 // A Netns is a pod's network namespace, looked at once.
 type Netns struct {
-	file *os.File
+	fd   fd
+	path string
 	rt   *rtnl
 	// Cookie names the namespace until reboot; it is never used again.
 	Cookie uint64
@@ -50,11 +51,11 @@ var ErrHostNetns = errors.New("it is the host's own network namespace")
 
 // OpenNetns looks at the network namespace at path. It changes nothing in it.
 func OpenNetns(path string) (_ *Netns, err error) {
-	f, err := os.Open(path)
+	f, err := unix.Open(path, unix.O_RDONLY|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
 	if err != nil {
-		return nil, fmt.Errorf("open network namespace: %w", err)
+		return nil, fmt.Errorf("open network namespace: %w", &fs.PathError{Op: "open", Path: path, Err: err})
 	}
-	n := &Netns{file: f}
+	n := &Netns{fd: fd(f), path: path}
 	defer func() {
 		if err != nil {
 			n.Close()
@@ -62,7 +63,7 @@ func OpenNetns(path string) (_ *Netns, err error) {
 		}
 	}()
 	var st unix.Stat_t
-	if err := unix.Fstat(int(f.Fd()), &st); err != nil {
+	if err := unix.Fstat(f, &st); err != nil {
 		return nil, err
 	}
 	n.Inode = uint32(st.Ino)
@@ -79,11 +80,11 @@ func OpenNetns(path string) (_ *Netns, err error) {
 }
 
 // Close lets go of the namespace.
-func (n *Netns) Close() error {
+func (n *Netns) Close() {
 	if n.rt != nil {
 		n.rt.close()
 	}
-	return n.file.Close()
+	n.fd.close()
 }
 
 // look opens a routing socket in the namespace, and asks it for the namespace's
@@ -115,7 +116,7 @@ func (n *Netns) do(fn func() error) error {
 		return fmt.Errorf("open own network namespace: %w", err)
 	}
 	defer unix.Close(own)
-	if err := unix.Setns(int(n.file.Fd()), unix.CLONE_NEWNET); err != nil {
+	if err := unix.Setns(int(n.fd), unix.CLONE_NEWNET); err != nil {
 		runtime.UnlockOSThread()
 		return fmt.Errorf("enter: %w", err)
 	}
@@ -171,7 +172,7 @@ func (n *Netns) readSources() error {
 		}
 		if h == nil {
 			var err error
-			if h, err = netlink.NewHandleAt(netns.NsHandle(n.file.Fd()), unix.NETLINK_ROUTE); err != nil {
+			if h, err = netlink.NewHandleAt(netns.NsHandle(n.fd), unix.NETLINK_ROUTE); err != nil {
 				return fmt.Errorf("open netlink: %w", err)
 			}
 			defer h.Close()

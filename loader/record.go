@@ -7,8 +7,10 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"net/netip"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -27,11 +29,14 @@ func (id ID) String() string { return id.ContainerID + "@" + id.IfName }
 // attachment can be undone by its ID alone, whatever was done.
 type Record struct {
 	ID
-	// BootID is the boot that the cookie belongs to: after the next one, the
-	// number may be another pod's, and nothing of this one is left.
-	BootID string
-	Build  string // the datapath's directory below BPFDir
-	Pod    PodRef
+	// Network is the CNI network's name.
+	Network string
+	// Build is the datapath's directory below BPFDir, and Epoch the time it
+	// came to be, in ns since 1970. After a reboot there is another, and the
+	// cookie may be another pod's: nothing of this attachment is left then.
+	Build string
+	Epoch int64
+	Pod   PodRef
 
 	Cookie   uint64
 	NetnsIno uint32
@@ -47,13 +52,11 @@ type PodRef struct {
 	Namespace, Name, UID string
 }
 
-// Names of the folders in RunDir. The folder of a cgroup or netns holds an
-// empty file for each attachment that needs its links: whoever can remove the
-// folder was the last.
+// Names of the folders in RunDir. In users, each record has a second name that
+// says whose links it uses: the netns cookie, the cgroup's id, the attachment.
 const (
-	recordsDir  = "attachments"
-	cgroupUsers = "cgroups"
-	netnsUsers  = "netns"
+	recordsDir = "attachments"
+	usersDir   = "users"
 )
 
 func (d *Datapath) recordPath(id ID) string {
@@ -82,14 +85,16 @@ func readRecordFile(path string) (*Record, error) {
 }
 
 func (d *Datapath) writeRecord(r *Record) error {
-	data, err := json.Marshal(r)
-	if err != nil {
-		return err
+	path, user := d.recordPath(r.ID), d.userPath(r)
+	err := replace(path, r.encode())
+	if errors.Is(err, fs.ErrNotExist) {
+		if err = errors.Join(os.MkdirAll(filepath.Dir(path), 0o700), os.MkdirAll(filepath.Dir(user), 0o700)); err == nil {
+			err = replace(path, r.encode())
+		}
 	}
-	path := d.recordPath(r.ID)
-	if err = replace(path, data); errors.Is(err, fs.ErrNotExist) {
-		if err = os.MkdirAll(filepath.Dir(path), 0o700); err == nil {
-			err = replace(path, data)
+	if err == nil {
+		if err = os.Link(path, user); errors.Is(err, fs.ErrExist) {
+			err = nil // its content is an earlier record's: only the name counts
 		}
 	}
 	if err != nil {
@@ -98,20 +103,107 @@ func (d *Datapath) writeRecord(r *Record) error {
 	return nil
 }
 
+// encode gives the record as JSON. It is written by hand because reflection
+// costs more than all else here, in a process that does it once.
+func (r *Record) encode() []byte {
+	b := make([]byte, 0, 1024+64*len(r.Rules.Dests)+64*len(r.Rules.Ports))
+	str := func(key, value string) {
+		b = append(b, key...)
+		b = appendJSONString(b, value)
+	}
+	num := func(key string, value uint64) {
+		b = append(b, key...)
+		b = strconv.AppendUint(b, value, 10)
+	}
+	str(`{"ContainerID":`, r.ContainerID)
+	str(`,"IfName":`, r.IfName)
+	str(`,"Network":`, r.Network)
+	str(`,"Build":`, r.Build)
+	num(`,"Epoch":`, uint64(r.Epoch))
+	str(`,"Pod":{"Namespace":`, r.Pod.Namespace)
+	str(`,"Name":`, r.Pod.Name)
+	str(`,"UID":`, r.Pod.UID)
+	num(`},"Cookie":`, r.Cookie)
+	num(`,"NetnsIno":`, uint64(r.NetnsIno))
+	str(`,"Netns":`, r.Netns)
+	str(`,"Cgroup":`, r.Cgroup)
+	num(`,"CgroupID":`, r.CgroupID)
+	num(`,"Rules":{"UID":`, uint64(r.Rules.UID))
+	num(`,"GID":`, uint64(r.Rules.GID))
+	num(`,"OutboundPort":`, uint64(r.Rules.OutboundPort))
+	num(`,"InboundPort":`, uint64(r.Rules.InboundPort))
+	num(`,"TunnelPort":`, uint64(r.Rules.TunnelPort))
+	num(`,"DNSPort":`, uint64(r.Rules.DNSPort))
+	num(`,"Flags":`, uint64(r.Rules.Flags))
+	str(`,"Source4":`, addrText(r.Rules.Source4))
+	str(`,"Source6":`, addrText(r.Rules.Source6))
+	b = append(b, `,"Dests":[`...)
+	for i, d := range r.Rules.Dests {
+		if i > 0 {
+			b = append(b, ',')
+		}
+		str(`{"Prefix":`, d.Prefix.String())
+		num(`,"Flags":`, uint64(d.Flags))
+		str(`,"Source":`, addrText(d.Source))
+		b = append(b, '}')
+	}
+	b = append(b, `],"Ports":[`...)
+	for i, p := range r.Rules.Ports {
+		if i > 0 {
+			b = append(b, ',')
+		}
+		num(`{"Direction":`, uint64(p.Direction))
+		num(`,"Port":`, uint64(p.Port))
+		num(`,"Bits":`, uint64(p.Bits))
+		num(`,"Flags":`, uint64(p.Flags))
+		b = append(b, '}')
+	}
+	return append(b, "]}}\n"...)
+}
+
+func addrText(a netip.Addr) string {
+	if !a.IsValid() {
+		return ""
+	}
+	return a.String()
+}
+
+func appendJSONString(b []byte, s string) []byte {
+	for i := range len(s) {
+		if s[i] < ' ' || s[i] >= 0x7f || s[i] == '"' || s[i] == '\\' {
+			quoted, _ := json.Marshal(s) // can't fail for a string
+			return append(b, quoted...)
+		}
+	}
+	return append(append(append(b, '"'), s...), '"')
+}
+
 // replace puts data in the place of a file, whole or not at all whenever this
 // process ends. Nothing is synced: a record means nothing after the next boot.
 // The node's lock keeps others from the temporary name.
 func replace(path string, data []byte) error {
 	next := filepath.Join(filepath.Dir(path), ".next")
-	if err := os.WriteFile(next, data, 0o600); err != nil {
-		return err
+	f, err := unix.Open(next, unix.O_WRONLY|unix.O_CREAT|unix.O_TRUNC|unix.O_CLOEXEC|unix.O_NOFOLLOW, 0o600)
+	if err != nil {
+		return &fs.PathError{Op: "open", Path: next, Err: err}
 	}
-	return os.Rename(next, path)
+	_, err = unix.Write(f, data)
+	if err := errors.Join(err, unix.Close(f)); err != nil {
+		return &fs.PathError{Op: "write", Path: next, Err: err}
+	}
+	if err := unix.Rename(next, path); err != nil {
+		return &fs.PathError{Op: "rename to", Path: path, Err: err}
+	}
+	return nil
 }
 
-func (d *Datapath) removeRecord(id ID) error {
-	if err := os.Remove(d.recordPath(id)); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return fmt.Errorf("remove the attachment's record: %w", err)
+// removeRecord removes both names of a record. That by which DEL finds it is
+// the last to go.
+func (d *Datapath) removeRecord(r *Record) error {
+	for _, path := range []string{d.userPath(r), d.recordPath(r.ID)} {
+		if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return fmt.Errorf("remove the attachment's record: %w", err)
+		}
 	}
 	return nil
 }
@@ -143,60 +235,49 @@ func Records(opts Options) ([]*Record, error) {
 	return records, errors.Join(errs...)
 }
 
-// claim notes that an attachment uses the links of kind's object.
-func (d *Datapath) claim(kind, object string, id ID) error {
-	dir := filepath.Join(d.opts.RunDir, kind, object)
-	file := filepath.Join(dir, id.String())
-	err := touch(file)
+func (d *Datapath) userPath(r *Record) string {
+	name := strconv.FormatUint(r.Cookie, 10) + "." + strconv.FormatUint(r.CgroupID, 10) + "." + r.ID.String()
+	return filepath.Join(d.opts.RunDir, usersDir, name)
+}
+
+// others reports whether other attachments use the links of r's network
+// namespace, and those of its cgroup.
+func (d *Datapath) others(r *Record) (netns, cgroup bool, err error) {
+	dir, err := os.Open(filepath.Join(d.opts.RunDir, usersDir))
 	if errors.Is(err, fs.ErrNotExist) {
-		if err = os.MkdirAll(dir, 0o700); err == nil {
-			err = touch(file)
-		}
+		return false, false, nil
 	}
-	return err
-}
-
-func touch(path string) error {
-	f, err := unix.Open(path, unix.O_CREAT|unix.O_WRONLY|unix.O_CLOEXEC|unix.O_NOFOLLOW, 0o600)
 	if err != nil {
-		return &fs.PathError{Op: "create", Path: path, Err: err}
+		return false, false, err
 	}
-	return unix.Close(f)
-}
-
-// users lists who else uses the links of kind's object.
-func (d *Datapath) others(kind, object string, id ID) ([]string, error) {
-	entries, err := os.ReadDir(filepath.Join(d.opts.RunDir, kind, object))
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return nil, err
-	}
-	var names []string
-	for _, e := range entries {
-		if e.Name() != id.String() {
-			names = append(names, e.Name())
-		}
-	}
-	return names, nil
-}
-
-// unclaim is the reverse of claim.
-func (d *Datapath) unclaim(kind, object string, id ID) error {
-	dir := filepath.Join(d.opts.RunDir, kind, object)
-	if err := os.Remove(filepath.Join(dir, id.String())); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return err
-	}
-	err := os.Remove(dir)
-	if err != nil && !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, unix.ENOTEMPTY) {
-		return err
-	}
-	return nil
-}
-
-// bootID names the time since the last boot.
-func bootID() (string, error) {
-	b, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	defer dir.Close()
+	names, err := dir.Readdirnames(-1)
 	if err != nil {
-		return "", fmt.Errorf("read the boot id: %w", err)
+		return false, false, err
 	}
-	return strings.TrimSpace(string(b)), nil
+	own, cookie, group := r.ID.String(), strconv.FormatUint(r.Cookie, 10), strconv.FormatUint(r.CgroupID, 10)
+	for _, name := range names {
+		c, rest, _ := strings.Cut(name, ".")
+		g, id, _ := strings.Cut(rest, ".")
+		if id == own {
+			continue
+		}
+		netns = netns || c == cookie
+		cgroup = cgroup || g == group
+	}
+	return netns, cgroup, nil
+}
+
+// epoch is when a datapath's directory came to be, in ns since 1970: it names
+// that datapath until it is removed or the node reboots. 0 where there is none.
+func (d *Datapath) epoch(build string) (int64, error) {
+	var st unix.Stat_t
+	err := unix.Stat(filepath.Join(d.opts.BPFDir, build), &st)
+	if errors.Is(err, fs.ErrNotExist) {
+		return 0, nil
+	}
+	if err != nil {
+		return 0, fmt.Errorf("stat the datapath: %w", err)
+	}
+	return st.Ctim.Nano(), nil
 }

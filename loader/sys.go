@@ -19,9 +19,15 @@ import (
 // unsafe.Pointers, so that the collector and moving stacks see them: this is for
 // 64-bit machines.
 
+// All but the load of a program are too short for the scheduler to be told of
+// them: that would cost more than they do.
 func syscallBPF(cmd int, attr unsafe.Pointer, size uintptr) (int, error) {
+	call := unix.RawSyscall
+	if cmd == unix.BPF_PROG_LOAD {
+		call = unix.Syscall
+	}
 	for {
-		r, _, errno := unix.Syscall(unix.SYS_BPF, uintptr(cmd), uintptr(attr), size)
+		r, _, errno := call(unix.SYS_BPF, uintptr(cmd), uintptr(attr), size)
 		switch errno {
 		case 0:
 			return int(r), nil

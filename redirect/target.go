@@ -17,7 +17,8 @@ type Attachment struct {
 // A Target is the pod network namespace that a backend programs.
 type Target struct {
 	Attachment
-	Netns string // path of the pod's network namespace
+	Network string // the CNI network's name
+	Netns   string // path of the pod's network namespace
 	// Cgroup is the absolute path of the pod's cgroup2 directory; empty when
 	// it could not be found.
 	Cgroup string

@@ -48,7 +48,9 @@ func (b *Backend) Apply(ctx context.Context, t redirect.Target, p *redirect.Poli
 		return err
 	}
 	defer d.Close()
-	return d.Attach(id(t.Attachment), loader.PodRef(t.Pod), ns, t.Netns, t.Cgroup, rules)
+	return d.Attach(loader.Target{
+		ID: id(t.Attachment), Network: t.Network, Pod: loader.PodRef(t.Pod), Netns: ns, Cgroup: t.Cgroup,
+	}, rules)
 }
 
 // Check compares the kernel's state with what Apply made.
@@ -65,14 +67,27 @@ func (b *Backend) Remove(ctx context.Context, a redirect.Attachment) error {
 	return loader.Remove(ctx, b.opts, id(a))
 }
 
-// Attachments lists what Apply made and Remove has not undone.
-func (b *Backend) Attachments(context.Context) ([]redirect.Attachment, error) {
+// Attachments lists what Apply made for a CNI network and Remove has not undone.
+func (b *Backend) Attachments(_ context.Context, network string) ([]redirect.Attachment, error) {
 	records, err := loader.Records(b.opts)
 	var out []redirect.Attachment
 	for _, r := range records {
-		out = append(out, redirect.Attachment{ContainerID: r.ContainerID, IfName: r.IfName})
+		if r.Network == network {
+			out = append(out, redirect.Attachment{ContainerID: r.ContainerID, IfName: r.IfName})
+		}
 	}
 	return out, err
+}
+
+// Ready loads the node's datapath, unless it is loaded: it fails where Apply
+// would fail for any pod.
+func (b *Backend) Ready(ctx context.Context) error {
+	d, err := loader.Open(ctx, b.opts)
+	if err != nil {
+		return err
+	}
+	d.Close()
+	return nil
 }
 
 func id(a redirect.Attachment) loader.ID {
@@ -86,14 +101,14 @@ type Net struct {
 	Netns *loader.Netns
 }
 
-// passthrough6 is S6, which the loader puts on lo when the pod has IPv6.
+// passthrough6 is S6, which is on lo and which the programs know themselves.
 var passthrough6 = netip.MustParseAddr("::6")
 
 // all returns every address of the pod, prevResult's first.
 func (n Net) all() []netip.Addr {
 	var out []netip.Addr
-	for _, a := range append(slices.Concat(n.Addrs, n.Netns.Addrs), passthrough6) {
-		if a = a.Unmap().WithZone(""); !slices.Contains(out, a) && !a.IsLoopback() {
+	for _, a := range slices.Concat(n.Addrs, n.Netns.Addrs) {
+		if a = a.Unmap().WithZone(""); !slices.Contains(out, a) && !a.IsLoopback() && a != passthrough6 {
 			out = append(out, a)
 		}
 	}
