@@ -23,9 +23,9 @@ type mapLoad struct {
 	name string
 }
 
-// Stamp gives the instructions of one pod's own sk_lookup program: cookie is the
-// pod's netns cookie, and mapFD gives the descriptor of a map by its name.
-func Stamp(cookie uint64, mapFD func(name string) (int, error)) ([]byte, error) {
+// Stamp gives the instructions of the stamp program for a slot; mapFD gives the
+// descriptor of a map by its name.
+func Stamp(slot uint32, mapFD func(name string) (int, error)) ([]byte, error) {
 	code := []byte(stampCode)
 	imm := func(insn int) []byte { return code[insn*insnSize+4 : insn*insnSize+8] }
 	for _, m := range stampMaps {
@@ -35,9 +35,9 @@ func Stamp(cookie uint64, mapFD func(name string) (int, error)) ([]byte, error) 
 		}
 		binary.LittleEndian.PutUint32(imm(m.insn), uint32(fd))
 	}
-	for _, insn := range stampCookies {
-		binary.LittleEndian.PutUint32(imm(insn), uint32(cookie))
-		binary.LittleEndian.PutUint32(imm(insn+1), uint32(cookie>>32))
+	for _, insn := range stampSlots {
+		binary.LittleEndian.PutUint32(imm(insn), slot)
+		binary.LittleEndian.PutUint32(imm(insn+1), 0)
 	}
 	return code, nil
 }

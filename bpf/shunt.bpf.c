@@ -9,8 +9,8 @@
 // A pod is known by its network namespace's cookie, never reused until reboot:
 // it is part of every key. All programs but one are loaded once a node and
 // linked to each pod's cgroup or netns. No kernel lets an sk_lookup program
-// learn the netns it runs in: a small one, stamp, loaded once a pod with the
-// cookie as a constant, tells the one that comes after it.
+// learn the netns it runs in: a small one, stamp, of which each pod has its own
+// with its slot as a constant, tells the one that comes after it.
 //
 // Addresses are IPv6 in network byte order everywhere; IPv4 in its mapped form
 // (::ffff:a.b.c.d).
@@ -336,6 +336,15 @@ struct {
 	__type(key, __u32);
 	__type(value, struct stamp);
 } stamps SEC(".maps");
+
+// Which pod a copy of the stamp program serves, by its slot; 0: none. The first
+// holds the highest slot that was ever given out.
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, MAX_PODS);
+	__type(key, __u32);
+	__type(value, __u64);
+} slots SEC(".maps");
 
 // ----------------------------------------------------------------- counting
 
@@ -1181,14 +1190,14 @@ int shunt_getsockopt(struct bpf_sockopt *ctx)
 
 // ---------------------------------------------------------------- sk_lookup
 
-// own_cookie is the pod's netns cookie: a placeholder until the loader puts the
-// number in its place, in each pod's own copy of the program.
-static __always_inline __u64 own_cookie(void)
+// own_slot is this copy's number: a placeholder until the loader puts it in its
+// place.
+static __always_inline __u32 own_slot(void)
 {
-	__u64 cookie;
+	__u64 slot;
 
-	asm volatile("%0 = 0x4f574e434f4f4b49 ll" : "=r"(cookie));
-	return cookie;
+	asm volatile("%0 = 0x544f4c534e574f ll" : "=r"(slot));
+	return slot;
 }
 
 // remote_word is a part of the client's address: of the two, the one that is not
@@ -1198,17 +1207,19 @@ static __always_inline __u32 remote_word(struct bpf_sk_lookup *ctx)
 	return ctx->remote_ip4 | ctx->remote_ip6[3];
 }
 
-// The first of the two programs of a netns. It is loaded with every pod: each
-// instruction counts.
+// The first of the two programs of a netns. Each pod has a copy of its own: it is
+// kept small.
 SEC("sk_lookup")
 int shunt_stamp(struct bpf_sk_lookup *ctx)
 {
+	__u32 zero = 0, slot = own_slot();
 	struct stamp *s;
-	__u32 zero = 0;
+	__u64 *cookie;
 
 	s = bpf_map_lookup_elem(&stamps, &zero);
-	if (s) {
-		s->cookie = own_cookie();
+	cookie = bpf_map_lookup_elem(&slots, &slot);
+	if (s && cookie) {
+		s->cookie = *cookie;
 		s->ifindex = ctx->ingress_ifindex;
 		s->remote_port = ctx->remote_port;
 		s->local_port = ctx->local_port;

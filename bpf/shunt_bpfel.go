@@ -238,6 +238,7 @@ const (
 	ShuntMapListeners          = "listeners"
 	ShuntMapPods               = "pods"
 	ShuntMapPorts              = "ports"
+	ShuntMapSlots              = "slots"
 	ShuntMapSockets            = "sockets"
 	ShuntMapStamps             = "stamps"
 	ShuntMapStates             = "states"
@@ -322,6 +323,7 @@ type ShuntMapSpecs struct {
 	Listeners *ebpf.MapSpec `ebpf:"listeners"`
 	Pods      *ebpf.MapSpec `ebpf:"pods"`
 	Ports     *ebpf.MapSpec `ebpf:"ports"`
+	Slots     *ebpf.MapSpec `ebpf:"slots"`
 	Sockets   *ebpf.MapSpec `ebpf:"sockets"`
 	Stamps    *ebpf.MapSpec `ebpf:"stamps"`
 	States    *ebpf.MapSpec `ebpf:"states"`
@@ -368,6 +370,7 @@ type ShuntMaps struct {
 	Listeners *ebpf.Map `ebpf:"listeners"`
 	Pods      *ebpf.Map `ebpf:"pods"`
 	Ports     *ebpf.Map `ebpf:"ports"`
+	Slots     *ebpf.Map `ebpf:"slots"`
 	Sockets   *ebpf.Map `ebpf:"sockets"`
 	Stamps    *ebpf.Map `ebpf:"stamps"`
 	States    *ebpf.Map `ebpf:"states"`
@@ -381,6 +384,7 @@ func (m *ShuntMaps) Close() error {
 		m.Listeners,
 		m.Pods,
 		m.Ports,
+		m.Slots,
 		m.Sockets,
 		m.Stamps,
 		m.States,

@@ -344,11 +344,7 @@ func (d *Datapath) linkNetns(r *Record, netns fd) error {
 			return err
 		}
 	}
-	code, err := bpf.Stamp(r.Cookie, func(name string) (int, error) { f, err := d.object(name); return int(f), err })
-	if err != nil {
-		return err
-	}
-	stamp, err := loadProgram(ebpf.SkLookup, ebpf.AttachSkLookup, bpf.ShuntProgShuntStamp, bpf.License, code)
+	stamp, err := d.takeStamp(dir, r.Cookie)
 	if err != nil {
 		return err
 	}
@@ -402,6 +398,10 @@ func (d *Datapath) wrongNetnsLinks(r *Record) (wrong []string, err error) {
 	if err != nil {
 		return nil, err
 	}
+	stamp, err := d.stampIn(d.netnsLinks(r.Cookie), r.Cookie)
+	if err != nil {
+		return nil, err
+	}
 	ids := map[string]uint32{}
 	for _, name := range []string{stampLink, skLookupLink} {
 		l, err := getPin(filepath.Join(d.netnsLinks(r.Cookie), name))
@@ -422,6 +422,8 @@ func (d *Datapath) wrongNetnsLinks(r *Record) (wrong []string, err error) {
 			wrong = append(wrong, fmt.Sprintf("the %s program is attached to network namespace %d, not the pod's, %d", name, ino, r.NetnsIno))
 		} else if name == skLookupLink && li.progID != want.id {
 			wrong = append(wrong, fmt.Sprintf("the %s program is %d, not the node's, %d", name, li.progID, want.id))
+		} else if name == stampLink && li.progID != stamp {
+			wrong = append(wrong, fmt.Sprintf("the %s program is %d, not the pod's own", name, li.progID))
 		}
 	}
 	if len(wrong) == 0 && ids[stampLink] > ids[skLookupLink] {
@@ -487,10 +489,16 @@ func (d *Datapath) detach(r *Record) error {
 	var errs []error
 	if !sharedNetns {
 		// The one that decides goes first: without a stamp it refuses.
-		errs = append(errs, d.unlinkAll(d.netnsLinks(r.Cookie), skLookupLink, stampLink))
+		dir := d.netnsLinks(r.Cookie)
+		if err := d.unlinkAll(dir, skLookupLink, stampLink); err != nil {
+			errs = append(errs, err)
+		} else {
+			errs = append(errs, d.returnStamps(dir), removeDir(dir))
+		}
 	}
 	if !sharedCgroup {
-		errs = append(errs, d.unlinkAll(d.cgroupLinks(r.CgroupID), hookNames...))
+		dir := d.cgroupLinks(r.CgroupID)
+		errs = append(errs, d.unlinkAll(dir, hookNames...), removeDir(dir))
 	}
 	if !sharedNetns {
 		errs = append(errs, d.removePod(r))
@@ -500,7 +508,11 @@ func (d *Datapath) detach(r *Record) error {
 
 // ofBuild gives the datapath in another directory, for what lies in its maps.
 func (d *Datapath) ofBuild(build string) *Datapath {
-	return &Datapath{opts: d.opts, dir: filepath.Join(d.opts.BPFDir, build), fds: map[string]fd{}}
+	return d.in(filepath.Join(d.opts.BPFDir, build))
+}
+
+func (d *Datapath) in(dir string) *Datapath {
+	return &Datapath{opts: d.opts, dir: dir, fds: map[string]fd{}}
 }
 
 func (d *Datapath) closeFDs() {
@@ -509,7 +521,7 @@ func (d *Datapath) closeFDs() {
 	}
 }
 
-// unlinkAll detaches the links in a folder, and removes it.
+// unlinkAll detaches the links in a folder.
 func (d *Datapath) unlinkAll(dir string, names ...string) error {
 	var errs []error
 	for _, name := range names {
@@ -517,10 +529,14 @@ func (d *Datapath) unlinkAll(dir string, names ...string) error {
 		// A repin that was interrupted.
 		errs = append(errs, unlink(filepath.Join(dir, name+"-new")))
 	}
-	if err := os.Remove(dir); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		errs = append(errs, err)
-	}
 	return errors.Join(errs...)
+}
+
+func removeDir(path string) error {
+	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return nil
 }
 
 // removePod deletes a pod's map entries.

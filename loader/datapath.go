@@ -10,6 +10,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"time"
 
@@ -214,6 +215,20 @@ func (d *Datapath) load() (err error) {
 			return err
 		}
 	}
+	if err := os.Mkdir(filepath.Join(tmp, stampsDir), 0o700); err != nil {
+		return err
+	}
+	loaded := d.in(tmp)
+	defer loaded.closeFDs()
+	for range stampsAtStart {
+		_, prog, err := loaded.newStamp(func(slot uint32) string {
+			return filepath.Join(tmp, stampsDir, strconv.FormatUint(uint64(slot), 10))
+		})
+		if err != nil {
+			return err
+		}
+		prog.close()
+	}
 	if err := os.Rename(tmp, d.dir); err != nil {
 		return err
 	}
@@ -234,6 +249,7 @@ func pinned(o *bpf.ShuntObjects) map[string]pinner {
 		bpf.ShuntMapInflight:           o.Inflight,
 		bpf.ShuntMapListeners:          o.Listeners,
 		bpf.ShuntMapStamps:             o.Stamps,
+		bpf.ShuntMapSlots:              o.Slots,
 		bpf.ShuntProgShuntConnect4:     o.ShuntConnect4,
 		bpf.ShuntProgShuntConnect6:     o.ShuntConnect6,
 		bpf.ShuntProgShuntGetpeername4: o.ShuntGetpeername4,

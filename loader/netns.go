@@ -67,11 +67,10 @@ func OpenNetns(path string) (_ *Netns, err error) {
 		return nil, err
 	}
 	n.Inode = uint32(st.Ino)
-	for _, own := range []string{"/proc/1/ns/net", "/proc/self/ns/net"} {
-		var host unix.Stat_t
-		if err := unix.Stat(own, &host); err == nil && host.Ino == st.Ino && host.Dev == st.Dev {
-			return nil, ErrHostNetns
-		}
+	// Process 1's may be hidden from us; look compares with our own.
+	var host unix.Stat_t
+	if err := unix.Stat("/proc/1/ns/net", &host); err == nil && host.Ino == st.Ino && host.Dev == st.Dev {
+		return nil, ErrHostNetns
 	}
 	if err := n.look(); err != nil {
 		return nil, err
@@ -107,7 +106,7 @@ func (n *Netns) look() error {
 	return nil
 }
 
-// do runs fn on a thread inside the namespace.
+// do runs fn on a thread inside the namespace, unless that is our own.
 func (n *Netns) do(fn func() error) error {
 	runtime.LockOSThread()
 	own, err := unix.Open("/proc/thread-self/ns/net", unix.O_RDONLY|unix.O_CLOEXEC, 0)
@@ -116,6 +115,14 @@ func (n *Netns) do(fn func() error) error {
 		return fmt.Errorf("open own network namespace: %w", err)
 	}
 	defer unix.Close(own)
+	var st unix.Stat_t
+	if err := unix.Fstat(own, &st); err != nil || uint32(st.Ino) == n.Inode {
+		runtime.UnlockOSThread()
+		if err == nil {
+			err = ErrHostNetns
+		}
+		return err
+	}
 	if err := unix.Setns(int(n.fd), unix.CLONE_NEWNET); err != nil {
 		runtime.UnlockOSThread()
 		return fmt.Errorf("enter: %w", err)

@@ -41,7 +41,7 @@ func (r *rtnl) request(typ uint16, flags uint16, body []byte, fn func(m *syscall
 	if err := unix.Sendto(r.fd, append(b, body...), 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
 		return err
 	}
-	buf := make([]byte, 32<<10)
+	buf := make([]byte, 8<<10) // the kernel fills no more at once (NLMSG_GOODSIZE)
 	for {
 		n, _, err := unix.Recvfrom(r.fd, buf, 0)
 		if errors.Is(err, unix.EINTR) {

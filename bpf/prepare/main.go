@@ -2,7 +2,7 @@
 
 // Command prepare takes the stamp program out of the compiled object and writes
 // it as an instruction stream that needs no ELF, no BTF and no
-// relocation at run time: it is loaded with every pod. It also writes the
+// relocation at run time: it is loaded many times. It also writes the
 // object's digest, by which a build knows its own pins.
 package main
 
@@ -19,8 +19,8 @@ import (
 	"github.com/cilium/ebpf/asm"
 )
 
-// placeholder is what own_cookie in shunt.bpf.c loads.
-const placeholder = 0x4f574e434f4f4b49
+// placeholder is what own_slot in shunt.bpf.c loads.
+const placeholder = 0x544f4c534e574f
 
 func main() {
 	log.SetFlags(0)
@@ -45,7 +45,7 @@ func run(object, program, output string) error {
 	if prog == nil {
 		return fmt.Errorf("%s has no program %s", object, program)
 	}
-	var maps, cookies bytes.Buffer
+	var maps, slots bytes.Buffer
 	found := false
 	iter := prog.Instructions.Iterate()
 	for iter.Next() {
@@ -55,12 +55,12 @@ func run(object, program, output string) error {
 			fmt.Fprintf(&maps, "{%d, %q},\n", iter.Offset, ins.Reference())
 			ins.Constant = 0
 		case ins.OpCode == asm.LoadImmOp(asm.DWord) && ins.Constant == placeholder:
-			fmt.Fprintf(&cookies, "%d,", iter.Offset)
+			fmt.Fprintf(&slots, "%d,", iter.Offset)
 			found = true
 		}
 	}
 	if !found {
-		return fmt.Errorf("%s loads its cookie nowhere", program)
+		return fmt.Errorf("%s loads its slot nowhere", program)
 	}
 	var code bytes.Buffer
 	if err := prog.Instructions.Marshal(&code, binary.LittleEndian); err != nil {
@@ -91,9 +91,9 @@ const stampCode = "" +
 var stampMaps = []mapLoad{
 %s}
 
-// stampCookies says which instructions load the pod's netns cookie.
-var stampCookies = []int{%s}
-`, maps.String(), cookies.String())
+// stampSlots says which instructions load the program's slot.
+var stampSlots = []int{%s}
+`, maps.String(), slots.String())
 	src, err := format.Source(out.Bytes())
 	if err != nil {
 		return err

@@ -1,0 +1,221 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package loader
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+
+	"github.com/cilium/ebpf"
+	"golang.org/x/sys/unix"
+
+	"shunt.dev/shunt/bpf"
+)
+
+// Each pod's netns has a copy of the stamp program of its own. To load one costs
+// the better part of what a pod costs, so a few are loaded with the datapath,
+// those of pods that are gone are used again, and only when none is left a new
+// one is loaded. A copy that no pod has lies in the datapath's folder for them,
+// under its slot's number; one in use lies in the folder of its pod's netns
+// links. It moves by a rename: there is no moment in which it is in both, or in
+// none.
+const (
+	stampsDir     = "free" // below the datapath's folder
+	stampPrefix   = "program-"
+	stampsAtStart = 16 // copies that are loaded with the datapath
+)
+
+// takeStamp gives the pod with the folder dir a stamp program that stamps with
+// its cookie.
+func (d *Datapath) takeStamp(dir string, cookie uint64) (fd, error) {
+	slot, err := d.ownStamp(dir)
+	if err != nil {
+		return -1, err
+	}
+	if slot == 0 {
+		if slot, err = d.moveStamp(dir); err != nil {
+			return -1, err
+		}
+	}
+	var prog fd
+	if slot != 0 {
+		prog, err = getPin(stampPath(dir, slot))
+	} else {
+		slot, prog, err = d.newStamp(func(slot uint32) string { return stampPath(dir, slot) })
+	}
+	if err != nil {
+		return -1, err
+	}
+	slots, err := d.object(bpf.ShuntMapSlots)
+	if err == nil {
+		err = update(slots, &slot, &cookie, updateAny)
+	}
+	if err != nil {
+		prog.close()
+		return -1, fmt.Errorf("write the stamp's slot: %w", err)
+	}
+	return prog, nil
+}
+
+func stampPath(dir string, slot uint32) string {
+	return filepath.Join(dir, stampPrefix+strconv.FormatUint(uint64(slot), 10))
+}
+
+// ownStamp finds the slot of the program that a pod has already; 0 for none.
+func (d *Datapath) ownStamp(dir string) (slot uint32, err error) {
+	err = eachName(dir, func(name string) error {
+		if number, ok := strings.CutPrefix(name, stampPrefix); ok {
+			n, err := strconv.ParseUint(number, 10, 32)
+			slot = uint32(n)
+			return err
+		}
+		return nil
+	})
+	return slot, err
+}
+
+// moveStamp moves a free program into dir; 0 if there is none.
+func (d *Datapath) moveStamp(dir string) (slot uint32, err error) {
+	pool, err := os.Open(filepath.Join(d.dir, stampsDir))
+	if err != nil {
+		return 0, fmt.Errorf("look for a free stamp program: %w", err)
+	}
+	defer pool.Close()
+	names, err := pool.Readdirnames(1)
+	if errors.Is(err, io.EOF) {
+		return 0, nil
+	}
+	if err != nil {
+		return 0, fmt.Errorf("look for a free stamp program: %w", err)
+	}
+	n, err := strconv.ParseUint(names[0], 10, 32)
+	if err != nil {
+		return 0, fmt.Errorf("look for a free stamp program: %w", err)
+	}
+	if err := os.Rename(filepath.Join(pool.Name(), names[0]), stampPath(dir, uint32(n))); err != nil {
+		return 0, fmt.Errorf("take a stamp program: %w", err)
+	}
+	return uint32(n), nil
+}
+
+// newStamp loads a program for a slot that no other has, and pins it.
+func (d *Datapath) newStamp(path func(slot uint32) string) (slot uint32, prog fd, err error) {
+	slots, err := d.object(bpf.ShuntMapSlots)
+	if err != nil {
+		return 0, -1, err
+	}
+	// The highest slot is noted first: a process that ends here wastes one.
+	var highest uint32
+	var last uint64
+	if err := lookup(slots, &highest, &last); err != nil {
+		return 0, -1, fmt.Errorf("read the highest slot: %w", err)
+	}
+	last++
+	slot = uint32(last)
+	if err := update(slots, &highest, &last, updateAny); err != nil {
+		return 0, -1, fmt.Errorf("write the highest slot: %w", err)
+	}
+	var cookie uint64
+	if err := lookup(slots, &slot, &cookie); err != nil {
+		return 0, -1, fmt.Errorf("slot %d of the stamp programs: %w: the map is full with the pods of this node", slot, err)
+	}
+	code, err := bpf.Stamp(slot, func(name string) (int, error) { f, err := d.object(name); return int(f), err })
+	if err != nil {
+		return 0, -1, err
+	}
+	prog, err = loadProgram(ebpf.SkLookup, ebpf.AttachSkLookup, bpf.ShuntProgShuntStamp, bpf.License, code)
+	if err != nil {
+		return 0, -1, err
+	}
+	if err := prog.pin(path(slot)); err != nil {
+		prog.close()
+		return 0, -1, err
+	}
+	return slot, prog, nil
+}
+
+// returnStamps gives back the programs that a pod has.
+func (d *Datapath) returnStamps(dir string) error {
+	return eachName(dir, func(name string) error {
+		number, ok := strings.CutPrefix(name, stampPrefix)
+		if !ok {
+			return nil
+		}
+		n, err := strconv.ParseUint(number, 10, 32)
+		if err != nil {
+			return err
+		}
+		slot, none := uint32(n), uint64(0)
+		slots, err := d.object(bpf.ShuntMapSlots)
+		if err != nil {
+			return err
+		}
+		if err := update(slots, &slot, &none, updateAny); err != nil {
+			return fmt.Errorf("clear the stamp's slot: %w", err)
+		}
+		return os.Rename(filepath.Join(dir, name), filepath.Join(d.dir, stampsDir, number))
+	})
+}
+
+// stampIn returns the id of the program that stamps with cookie in the pod's
+// folder; 0 if there is none.
+func (d *Datapath) stampIn(dir string, cookie uint64) (id uint32, err error) {
+	slot, err := d.ownStamp(dir)
+	if err != nil || slot == 0 {
+		return 0, err
+	}
+	slots, err := d.object(bpf.ShuntMapSlots)
+	if err != nil {
+		return 0, err
+	}
+	var has uint64
+	if err := lookup(slots, &slot, &has); err != nil || has != cookie {
+		return 0, err
+	}
+	prog, err := getPin(stampPath(dir, slot))
+	if err != nil {
+		return 0, err
+	}
+	defer prog.close()
+	pi, err := info[progInfo](prog)
+	if err != nil {
+		return 0, err
+	}
+	return pi.id, nil
+}
+
+// eachName calls fn with the names in a folder that may not be there.
+func eachName(dir string, fn func(name string) error) error {
+	f, err := unix.Open(dir, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if errors.Is(err, unix.ENOENT) {
+		return nil
+	}
+	if err != nil {
+		return &fs.PathError{Op: "open", Path: dir, Err: err}
+	}
+	defer unix.Close(f)
+	var names []string
+	buf := make([]byte, 4<<10)
+	for {
+		n, err := unix.ReadDirent(f, buf)
+		if err != nil {
+			return &fs.PathError{Op: "list", Path: dir, Err: err}
+		}
+		if n <= 0 {
+			break
+		}
+		_, _, names = unix.ParseDirent(buf[:n], -1, names)
+	}
+	for _, name := range names {
+		if err := fn(name); err != nil {
+			return err
+		}
+	}
+	return nil
+}
