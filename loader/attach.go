@@ -344,7 +344,7 @@ func (d *Datapath) linkNetns(r *Record, netns fd) error {
 			return err
 		}
 	}
-	stamp, err := d.takeStamp(dir, r.Cookie)
+	stamp, err := d.takeStamp(dir, fresh, r.Cookie)
 	if err != nil {
 		return err
 	}

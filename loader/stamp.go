@@ -32,11 +32,13 @@ const (
 )
 
 // takeStamp gives the pod with the folder dir a stamp program that stamps with
-// its cookie.
-func (d *Datapath) takeStamp(dir string, cookie uint64) (fd, error) {
-	slot, err := d.ownStamp(dir)
-	if err != nil {
-		return -1, err
+// its cookie. fresh says that the folder was made just now.
+func (d *Datapath) takeStamp(dir string, fresh bool, cookie uint64) (_ fd, err error) {
+	var slot uint32
+	if !fresh {
+		if slot, err = d.ownStamp(dir); err != nil {
+			return -1, err
+		}
 	}
 	if slot == 0 {
 		if slot, err = d.moveStamp(dir); err != nil {
