@@ -1,0 +1,368 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net/netip"
+	"os"
+	"slices"
+	"time"
+
+	"github.com/containernetworking/cni/pkg/skel"
+	"github.com/containernetworking/cni/pkg/types"
+
+	"shunt.dev/shunt/internal/netconf"
+	"shunt.dev/shunt/internal/podfacts"
+	"shunt.dev/shunt/loader"
+	"shunt.dev/shunt/redirect"
+	"shunt.dev/shunt/redirect/ebpf"
+)
+
+// Shunt's own error codes; below 100 they are the specification's.
+const (
+	codeProgram uint = 100 // the pod could not be programmed, or the programming not removed
+	codeDiffers uint = 101 // CHECK: the programming is missing or differs
+)
+
+// checkFactsTimeout bounds how long CHECK asks for pod facts.
+const checkFactsTimeout = 5 * time.Second
+
+// factsSource gets the facts of a pod within its own bound of time.
+type factsSource interface {
+	Pod(ctx context.Context, namespace, name, uid string) (*redirect.Pod, error)
+}
+
+// A lister is a backend that knows what it has programmed. GC needs it.
+type lister interface {
+	// Attachments lists what it has programmed for a CNI network.
+	Attachments(ctx context.Context, network string) ([]redirect.Attachment, error)
+}
+
+// A readier is a backend that can say, before a pod comes, that it could not
+// program it. STATUS asks it.
+type readier interface {
+	Ready(ctx context.Context) error
+}
+
+// A plugin is the body of the CNI commands, with seams where it meets the
+// world.
+type plugin struct {
+	stdout, stderr io.Writer
+
+	facts      func(*netconf.Config, *slog.Logger) factsSource
+	backend    func(*netconf.Config, *slog.Logger) redirect.Backend
+	checkNetns func(path string) error // refuses what must not be programmed
+	podCgroup  func(cgroupRoot, hint, podUID string) (string, error)
+	cgroupRoot func(configured string) (string, error)
+}
+
+func newPlugin() *plugin {
+	return &plugin{
+		stdout:     os.Stdout,
+		stderr:     os.Stderr,
+		facts:      newFacts,
+		backend:    newBackend,
+		checkNetns: checkNetns,
+		podCgroup:  podCgroup,
+		cgroupRoot: loader.FindCgroup2Mount,
+	}
+}
+
+// newFacts returns the sources of pod facts, in the order of asking. The node
+// agent's socket (runDir/agent.sock) will be the first.
+func newFacts(conf *netconf.Config, log *slog.Logger) factsSource {
+	return &podfacts.Fetcher{
+		Sources: []podfacts.Source{podfacts.NewAPIServer(conf.Kubeconfig, "shunt-cni/"+buildVersion)},
+		Timeout: conf.PodFactsTimeout,
+		Log:     log,
+	}
+}
+
+func newBackend(conf *netconf.Config, log *slog.Logger) redirect.Backend {
+	return ebpf.New(loader.Options{BPFDir: conf.BPFDir, RunDir: conf.RunDir, Log: log})
+}
+
+func podCgroup(cgroupRoot, hint, podUID string) (string, error) {
+	mount, err := loader.FindCgroup2Mount(cgroupRoot)
+	if err != nil {
+		return "", err
+	}
+	return loader.FindPodCgroup(mount, hint, podUID)
+}
+
+func (p *plugin) funcs() skel.CNIFuncs {
+	return skel.CNIFuncs{Add: p.add, Del: p.del, Check: p.check, GC: p.gc, Status: p.status}
+}
+
+// fail makes a CNI error.
+func fail(code uint, format string, args ...any) error {
+	return types.NewError(code, fmt.Sprintf(format, args...), "")
+}
+
+// A call is one invocation for one attachment, read and checked.
+type call struct {
+	conf  *netconf.Config
+	log   *slog.Logger
+	addrs []netip.Addr // the pod's, by prevResult
+	pod   podArgs
+	redirect.Attachment
+	netns string
+}
+
+// read reads what ADD and CHECK are given (P1).
+func (p *plugin) read(command string, args *skel.CmdArgs) (*call, error) {
+	conf, err := netconf.Parse(args.StdinData)
+	if err != nil {
+		return nil, err
+	}
+	addrs, err := conf.PrevAddrs()
+	if err != nil {
+		return nil, err
+	}
+	c := &call{
+		conf: conf, addrs: addrs, pod: parseArgs(args.Args), netns: args.Netns,
+		Attachment: redirect.Attachment{ContainerID: args.ContainerID, IfName: args.IfName},
+	}
+	c.log = newLog(p.stderr, conf.LogLevel).With("command", command,
+		"container", args.ContainerID, "interface", args.IfName, "pod", c.pod.String())
+	return c, nil
+}
+
+// early decides by P2 to P4. Nothing that it does can fail.
+func (c *call) early() bool {
+	c.conf.Redirect.Agent = readAgent(c.conf.RunDir, c.log)
+	out, decided := c.conf.Redirect.Early(c.pod.Namespace, c.pod.Name)
+	if decided {
+		c.log.Info("pod is left alone", "rule", out.Rule, "reason", out.Reason)
+	}
+	return decided
+}
+
+// decide gets the pod's facts and decides by P5 to P16. It returns no policy
+// for a pod that is to be left alone.
+func (p *plugin) decide(ctx context.Context, c *call) (*redirect.Pod, *redirect.Policy, error) {
+	pod, err := p.facts(c.conf, c.log).Pod(ctx, c.pod.Namespace, c.pod.Name, c.pod.UID)
+	if err != nil {
+		return nil, nil, fail(types.ErrTryAgainLater, "%v", err)
+	}
+	out, policy, err := c.conf.Redirect.Evaluate(pod)
+	if err != nil {
+		code := types.ErrInternal
+		var input *redirect.InputError
+		if errors.As(err, &input) {
+			code = types.ErrInvalidNetworkConfig
+		}
+		return nil, nil, fail(code, "read what pod %s asks for (%s): %v", c.pod, out.Rule, err)
+	}
+	if out.Skip {
+		c.log.Info("pod is left alone", "rule", out.Rule, "reason", out.Reason)
+		return pod, nil, nil
+	}
+	c.log.Debug("pod is to be redirected", "rule", out.Rule, "reason", out.Reason)
+	return pod, policy, nil
+}
+
+// add programs the pod and prints prevResult. It does one of the two things
+// that keep a pod from running beside its proxy: it programs, or it fails.
+func (p *plugin) add(args *skel.CmdArgs) error {
+	ctx := context.Background()
+	c, err := p.read("ADD", args)
+	if err != nil {
+		return err
+	}
+	result, err := c.conf.Result()
+	if err != nil {
+		return err
+	}
+	if c.early() {
+		return p.print(result)
+	}
+	pod, policy, err := p.decide(ctx, c)
+	if err != nil {
+		return err
+	}
+	if policy == nil {
+		return p.print(result)
+	}
+	if err := choose(c.conf, pod, policy); err != nil {
+		return err
+	}
+	if err := p.checkNetns(c.netns); err != nil {
+		return fail(types.ErrInvalidNetNS, "program pod %s: %v", c.pod, err)
+	}
+	target, err := p.target(c, pod)
+	if err != nil {
+		return fail(codeProgram, "program pod %s: %v", c.pod, err)
+	}
+	return p.program(ctx, c, target, policy, result)
+}
+
+// program applies the policy and prints the result. It does both or neither.
+func (p *plugin) program(ctx context.Context, c *call, t redirect.Target, policy *redirect.Policy, result []byte) (err error) {
+	backend := p.backend(c.conf, c.log)
+	defer func() {
+		if err == nil {
+			return
+		}
+		// Apply has undone its own; this is for a result that could not be
+		// printed, and for what a backend may have missed.
+		if undo := backend.Remove(ctx, c.Attachment); undo != nil {
+			err = fail(codeProgram, "%v; undo it: %v", err, undo)
+		}
+	}()
+	start := time.Now()
+	if err := backend.Apply(ctx, t, policy); err != nil {
+		return fail(codeProgram, "program pod %s: %v", c.pod, err)
+	}
+	c.log.Info("pod is redirected", "cgroup", t.Cgroup, "took", time.Since(start))
+	return p.print(result)
+}
+
+// target says what is to be programmed.
+func (p *plugin) target(c *call, pod *redirect.Pod) (redirect.Target, error) {
+	t := redirect.Target{
+		Attachment: c.Attachment,
+		Network:    c.conf.Name,
+		Netns:      c.netns,
+		Pod:        redirect.PodRef{Namespace: c.pod.Namespace, Name: c.pod.Name, UID: c.pod.UID},
+		Addrs:      c.addrs,
+	}
+	// A runtime that gives no UID (K8S_POD_UID is younger than the rest): the
+	// kubelet knows a static pod by its hash, others by their metadata.uid.
+	uid := c.pod.UID
+	if uid == "" && pod != nil {
+		t.Pod.UID = pod.UID
+		if uid = pod.Annotations["kubernetes.io/config.hash"]; uid == "" {
+			uid = pod.UID
+		}
+	}
+	var err error
+	t.Cgroup, err = p.podCgroup(c.conf.CgroupRoot, c.conf.CgroupPath, uid)
+	return t, err
+}
+
+// del removes what add made. It prints nothing.
+func (p *plugin) del(args *skel.CmdArgs) error {
+	conf, err := netconf.ParseForRemoval(args.StdinData)
+	if err != nil {
+		return err
+	}
+	log := newLog(p.stderr, conf.LogLevel).With("command", "DEL", "container", args.ContainerID, "interface", args.IfName)
+	a := redirect.Attachment{ContainerID: args.ContainerID, IfName: args.IfName}
+	if err := p.backend(conf, log).Remove(context.Background(), a); err != nil {
+		return fail(codeProgram, "remove what was programmed for container %s: %v", a.ContainerID, err)
+	}
+	log.Debug("nothing is programmed for the attachment any more")
+	return nil
+}
+
+// check compares what is programmed with what add made. The pod's facts are
+// asked for only where nothing is programmed: to tell a pod that was rightly
+// left alone from one that lost its programming.
+func (p *plugin) check(args *skel.CmdArgs) error {
+	ctx := context.Background()
+	c, err := p.read("CHECK", args)
+	if err != nil {
+		return err
+	}
+	if c.early() {
+		return nil
+	}
+	target, err := p.target(c, nil)
+	if err != nil { // the backend knows which cgroup it has attached to
+		c.log.Debug("pod cgroup not found", "error", err)
+	}
+	err = p.backend(c.conf, c.log).Check(ctx, target)
+	if err == nil {
+		return nil
+	}
+	if !errors.Is(err, redirect.ErrNotProgrammed) {
+		return fail(codeDiffers, "check pod %s: %v", c.pod, err)
+	}
+	c.conf.PodFactsTimeout = min(c.conf.PodFactsTimeout, checkFactsTimeout)
+	_, policy, factsErr := p.decide(ctx, c)
+	if factsErr != nil {
+		return factsErr
+	}
+	if policy != nil {
+		return fail(codeDiffers, "check pod %s: it is to be redirected, but %v", c.pod, err)
+	}
+	return nil
+}
+
+// gc removes what belongs to no attachment that the runtime knows.
+func (p *plugin) gc(args *skel.CmdArgs) error {
+	ctx := context.Background()
+	conf, err := netconf.Parse(args.StdinData)
+	if err != nil {
+		return err
+	}
+	valid, err := conf.ValidAttachments()
+	if err != nil {
+		return err
+	}
+	log := newLog(p.stderr, conf.LogLevel).With("command", "GC")
+	backend := p.backend(conf, log)
+	list, ok := backend.(lister)
+	if !ok {
+		return fail(codeProgram, "collect garbage: the backend can't list what it has programmed")
+	}
+	present, err := list.Attachments(ctx, conf.Name)
+	if err != nil {
+		return fail(codeProgram, "collect garbage: list what is programmed: %v", err)
+	}
+	var errs []error
+	for _, a := range present {
+		if slices.Contains(valid, a) {
+			continue
+		}
+		if err := backend.Remove(ctx, a); err != nil {
+			errs = append(errs, fmt.Errorf("remove what was programmed for container %s: %w", a.ContainerID, err))
+			continue
+		}
+		log.Info("removed what belonged to no valid attachment", "container", a.ContainerID, "interface", a.IfName)
+	}
+	if err := errors.Join(errs...); err != nil {
+		return fail(codeProgram, "collect garbage: %v", err)
+	}
+	return nil
+}
+
+// status fails where no pod of a mesh could be set up. It does not where only
+// the kubeconfig is missing: the node agent writes that, and the runtime would
+// take the failure for a node without a network, on which the kubelet starts
+// no pod that needs one, so that the agent could never come.
+func (p *plugin) status(args *skel.CmdArgs) error {
+	conf, err := netconf.Parse(args.StdinData)
+	if err != nil {
+		return err
+	}
+	log := newLog(p.stderr, conf.LogLevel).With("command", "STATUS")
+	if err := served(conf); err != nil {
+		return fail(types.ErrPluginNotAvailable, "%v", err)
+	}
+	if _, err := p.cgroupRoot(conf.CgroupRoot); err != nil {
+		return fail(types.ErrPluginNotAvailable, "%v", err)
+	}
+	if backend, ok := p.backend(conf, log).(readier); ok {
+		if err := backend.Ready(context.Background()); err != nil {
+			return fail(types.ErrPluginNotAvailable, "%v", err)
+		}
+	}
+	warnOfKubeconfig(conf.Kubeconfig, log)
+	return nil
+}
+
+// print writes ADD's result. Nothing else is ever written to standard output,
+// which is CNI's.
+func (p *plugin) print(result []byte) error {
+	if _, err := p.stdout.Write(result); err != nil {
+		return fail(types.ErrIOFailure, "print the result: %v", err)
+	}
+	return nil
+}
