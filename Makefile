@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+#
+# `make help` lists the targets. Every variable of the first block can be set
+# on the command line, such as in `make fuzz FUZZTIME=5m`.
+
+GO       ?= go
+BIN      ?= bin
+VERSION  ?= $(shell git describe --always --dirty 2>/dev/null || echo dev)
+FUZZTIME ?= 10s
+# Which packages, and by `go test -run`, which of their tests.
+PKG      ?= ./...
+RUN      ?=
+COUNT    ?= 1
+BENCH    ?= .
+BENCHTIME ?= 200x
+DEMO     ?=
+# 0 to leave the system's packages alone.
+DEPS     ?= 1
+# A file that each test run adds its numbers to; `.ci/run` sums them up.
+TALLY    ?=
+
+SHELL       := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS   += --no-print-directory
+
+# Where the tools are of someone whose PATH is short, such as root's by su.
+export PATH := $(PATH):/usr/local/go/bin:/usr/local/sbin:/usr/sbin:/sbin
+
+commands = $(notdir $(wildcard cmd/*))
+lint     = $(GO) tool -modfile=tools/go.mod golangci-lint
+report   = $(GO) run ./internal/ci/testreport -allow .ci/allowed-skips $(if $(TALLY),-tally $(TALLY))
+# Privileged tests have a name that says so; see internal/testbed.
+# They share the machine's cgroup tree and its clock: one package at a time.
+privileged = -p 1 -run '$(or $(RUN),^TestPrivileged)' $(PKG)
+
+.PHONY: help
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+.PHONY: build
+build: deps-build ## build the commands, static, into bin/
+	@mkdir -p $(BIN)
+	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '-s -w -X main.buildVersion=$(VERSION)' \
+		-o $(BIN)/ $(addprefix ./cmd/,$(commands))
+
+.PHONY: demo
+demo: deps-demo build ## show a pod's traffic redirected (root)
+	@$(GO) build -trimpath -o $(BIN)/shunt-demo ./internal/demo
+	@$(BIN)/shunt-demo -plugin $(BIN)/shunt-cni $(DEMO)
+
+.PHONY: test
+test: deps-test need-root test-unit test-privileged ## run every test (root)
+
+.PHONY: test-unit
+test-unit: ## run the tests that need no root, under -race
+	$(GO) test -json -race -count=$(COUNT) -run '$(or $(RUN),.)' -skip '^TestPrivileged' $(PKG) | $(report)
+
+.PHONY: test-privileged
+test-privileged: need-root ## run the tests that need root
+	$(GO) test -json -count=$(COUNT) $(privileged) | $(report)
+
+.PHONY: test-race
+test-race: need-root ## run the tests that need root under -race, the plugin's binary too
+	SHUNT_TESTBED_RACE=1 $(GO) test -json -race -count=$(COUNT) $(privileged) | $(report)
+
+.PHONY: fuzz
+fuzz: ## fuzz each parser for FUZZTIME
+	@scripts/fuzz.sh $(FUZZTIME)
+
+.PHONY: bench
+bench: deps-test need-root ## run the benchmarks of bench/ (root)
+	$(GO) test -run '^$$' -bench '$(BENCH)' -benchtime $(BENCHTIME) -timeout 30m ./bench/
+
+.PHONY: bench-gate
+bench-gate: ## the same, and fail unless they show what they have to (root)
+	@$(MAKE) bench | $(GO) run ./internal/ci/benchgate .ci/bench-gates
+
+.PHONY: lint
+lint: deps-lint ## check the style of everything
+	@scripts/lint.sh
+
+.PHONY: fmt
+fmt: ## format the Go files
+	$(lint) fmt
+
+.PHONY: generate
+generate: deps-generate ## compile the BPF programs and write what Go knows of them
+	$(GO) generate ./bpf/...
+
+.PHONY: check-generated
+check-generated: ## fail unless `make generate` changes nothing
+	@scripts/check-generated.sh
+
+.PHONY: clean
+clean: ## remove what was built
+	rm -rf $(BIN)
+
+.PHONY: deps
+deps: deps-build deps-demo deps-test deps-lint deps-generate ## install what all of this needs (root)
+
+.PHONY: deps-build deps-demo deps-test deps-lint deps-generate
+deps-build deps-demo deps-test deps-lint deps-generate: deps-%:
+	@if [ '$(DEPS)' != 0 ]; then scripts/install-deps.sh $*; fi
+
+.PHONY: need-root
+need-root:
+	@[ "$$(id -u)" = 0 ] || { echo 'this needs root; make test-unit runs the tests that do not' >&2; exit 1; }
