@@ -65,6 +65,7 @@ enum { ALLOW = 1, DENY = 0 }; // return values of the cgroup programs
 // Set by the loader before the load.
 const volatile __u32 inflight_limit = 1 << 16; // handshakes under way at once, per pod
 const volatile bool have_set_retval = false;   // bpf_set_retval, since Linux 5.18
+const volatile bool have_mptcp = false;        // bpf_skc_to_mptcp_sock, since Linux 5.19
 
 // ------------------------------------------------------------------- types
 
@@ -213,7 +214,7 @@ enum socket_flag {
 	SOCKET_REDIRECTED = 1 << 0, // the connecting end of a redirected connection
 	SOCKET_ACCEPTED = 1 << 1,   // the accepting end at a proxy port
 	SOCKET_LOST = 1 << 2,       // original destination unknown: SO_ORIGINAL_DST must fail
-	SOCKET_BOUND = 1 << 3,      // bound by us to .source, not by its owner
+	SOCKET_BOUND = 1 << 3,      // has been bound by us: .source is our doing, not its owner's
 	SOCKET_WATCHED = 1 << 4,    // we switched its state callbacks on
 };
 
@@ -593,15 +594,21 @@ static __always_inline long bind_to(struct bpf_sock_addr *ctx, const struct addr
 	}
 }
 
+// unbind lets the kernel choose the source again. A socket that was ever bound to
+// an address keeps whatever the kernel chooses, beyond failure and
+// connect(AF_UNSPEC): SOCKET_BOUND stays, and on_connect notes the choice.
 static __always_inline void unbind(struct bpf_sock_addr *ctx, __u64 cookie, struct sock_state *st, bool v6)
 {
 	struct addr any = {};
-	long err = bind_to(ctx, &any, v6);
+	long err;
 
+	if (is_zero(&st->source))
+		return;
+	err = bind_to(ctx, &any, v6);
 	if (err)
 		failed(cookie, PLACE_CONNECT_UNBIND, err);
 	else
-		st->flags &= ~SOCKET_BOUND;
+		st->source = any;
 }
 
 // listens reports whether a connection to a:port inside the pod would find a
@@ -653,6 +660,28 @@ static __always_inline int deny_unreachable(__u64 cookie)
 	if (have_set_retval)
 		bpf_set_retval(-ENETUNREACH);
 	return deny(cookie, PLACE_CONNECT_NO_SOURCE, -ENETUNREACH);
+}
+
+// remember_mptcp: connect sees an MPTCP socket's subflow, getpeername the MPTCP
+// socket itself. redirected is the subflow's state, or 0 for a direct connection.
+static __always_inline void remember_mptcp(struct bpf_sock *sk, const struct sock_state *redirected)
+{
+	struct mptcp_sock *msk;
+	struct sock_state *st;
+
+	if (!have_mptcp)
+		return;
+	msk = bpf_skc_to_mptcp_sock(sk);
+	if (!msk)
+		return;
+	st = bpf_sk_storage_get(&sockets, msk, 0, redirected ? BPF_SK_STORAGE_GET_F_CREATE : 0);
+	if (!st)
+		return;
+	st->flags = redirected ? SOCKET_REDIRECTED : 0;
+	if (redirected) {
+		st->dst = redirected->dst;
+		st->port = redirected->port;
+	}
 }
 
 static __always_inline int connect(struct bpf_sock_addr *ctx, bool v6)
@@ -723,6 +752,7 @@ static __always_inline int connect(struct bpf_sock_addr *ctx, bool v6)
 	room = c->inflight < inflight_limit;
 
 	if (!port) {
+		remember_mptcp(sk, 0);
 		if (st) {
 			st->flags &= ~SOCKET_REDIRECTED;
 			if (ours)
@@ -779,6 +809,7 @@ static __always_inline int connect(struct bpf_sock_addr *ctx, bool v6)
 	st->dst = f.dst;
 	st->port = bpf_htons(f.port);
 	st->flags |= SOCKET_REDIRECTED;
+	remember_mptcp(sk, st);
 
 	set_address(ctx, &target, bpf_htons(port), v6);
 	return ALLOW;
@@ -975,10 +1006,14 @@ static __always_inline void on_connect(struct bpf_sock_ops *ctx, __u64 cookie, c
 	struct pod_state *c;
 	long err;
 
-	if (!is_proxy_port(pod, port))
+	sk = ctx->sk;
+	st = sk ? bpf_sk_storage_get(&sockets, sk, 0, 0) : 0;
+	if (!st && !is_proxy_port(pod, port))
 		return;
 	ends(ctx, &key.saddr, &key.daddr);
-	if (!is_local(cookie, &key.daddr))
+	if (st && (st->flags & SOCKET_BOUND))
+		st->source = key.saddr;
+	if (!is_proxy_port(pod, port) || !is_local(cookie, &key.daddr))
 		return;
 	key.sport = bpf_htons(ctx->local_port);
 	key.dport = bpf_htons(port);
@@ -987,8 +1022,6 @@ static __always_inline void on_connect(struct bpf_sock_ops *ctx, __u64 cookie, c
 	h.owner = bpf_get_socket_cookie(ctx);
 	h.dst = key.daddr;
 	h.port = key.dport;
-	sk = ctx->sk;
-	st = sk ? bpf_sk_storage_get(&sockets, sk, 0, 0) : 0;
 	if (st && (st->flags & SOCKET_REDIRECTED)) {
 		h.dst = st->dst;
 		h.port = st->port;

@@ -250,6 +250,7 @@ const (
 	ShuntProgShuntSkLookup     = "shunt_sk_lookup"
 	ShuntProgShuntSockops      = "shunt_sockops"
 	ShuntProgShuntStamp        = "shunt_stamp"
+	ShuntVarHaveMptcp          = "have_mptcp"
 	ShuntVarHaveSetRetval      = "have_set_retval"
 	ShuntVarInflightLimit      = "inflight_limit"
 	ShuntVarUnusedDestFlag     = "unused_dest_flag"
@@ -333,6 +334,7 @@ type ShuntMapSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type ShuntVariableSpecs struct {
+	HaveMptcp          *ebpf.VariableSpec `ebpf:"have_mptcp"`
 	HaveSetRetval      *ebpf.VariableSpec `ebpf:"have_set_retval"`
 	InflightLimit      *ebpf.VariableSpec `ebpf:"inflight_limit"`
 	UnusedDestFlag     *ebpf.VariableSpec `ebpf:"unused_dest_flag"`
@@ -395,6 +397,7 @@ func (m *ShuntMaps) Close() error {
 //
 // It can be passed to LoadShuntObjects or ebpf.CollectionSpec.LoadAndAssign.
 type ShuntVariables struct {
+	HaveMptcp          *ebpf.Variable `ebpf:"have_mptcp"`
 	HaveSetRetval      *ebpf.Variable `ebpf:"have_set_retval"`
 	InflightLimit      *ebpf.Variable `ebpf:"inflight_limit"`
 	UnusedDestFlag     *ebpf.Variable `ebpf:"unused_dest_flag"`

@@ -4,7 +4,7 @@
 package bpf
 
 // Digest is the SHA-256 of the compiled object.
-const Digest = "583857e92fd2edeb67571c8a203311be57eee239048fbbd81487586b02fc3374"
+const Digest = "51174456abfe5b371725a339cef521f332b7030602c28967fa073621b6c9249f"
 
 // stampCode is the program's instructions, with map descriptors of zero.
 const stampCode = "" +

@@ -552,11 +552,40 @@ func (d *Datapath) removePod(r *Record) error {
 	if err != nil {
 		return err
 	}
+	var state bpf.ShuntPodState
+	if err := lookup(states, &r.Cookie, &state); err == nil && state.Inflight != 0 {
+		if err := d.removeInflight(r.Cookie); err != nil {
+			return err
+		}
+	}
 	return errors.Join(
 		remove(pods, &r.Cookie),
 		remove(states, &r.Cookie),
 		d.removeRules(r.Cookie, &r.Rules),
 	)
+}
+
+// maxInflightKeys is well above what the inflight map can hold.
+const maxInflightKeys = 1 << 20
+
+// removeInflight deletes the notes of handshakes that were under way when the
+// hooks were taken off. No other pod's are touched.
+func (d *Datapath) removeInflight(cookie uint64) error {
+	f, err := d.object(bpf.ShuntMapInflight)
+	if err != nil {
+		return err
+	}
+	var errs []error
+	var own []bpf.ShuntTuple
+	err = eachKey(f, maxInflightKeys, func(key *bpf.ShuntTuple) {
+		if key.Cookie == cookie {
+			own = append(own, *key)
+		}
+	})
+	for i := range own {
+		errs = append(errs, remove(f, &own[i]))
+	}
+	return errors.Join(append(errs, err)...)
 }
 
 // ErrNotAttached says that an attachment has no record.

@@ -263,15 +263,20 @@ func pinned(o *bpf.ShuntObjects) map[string]pinner {
 // loadObjects loads the collection. The stamp program in it serves no pod:
 // loading it shows at once whether a pod's own would be accepted.
 func (d *Datapath) loadObjects() (*bpf.ShuntObjects, error) {
-	// bpf_set_retval is there since Linux 5.18 (commit b44123b4a3dc). What
-	// it does can be done without: try with it first.
+	// bpf_set_retval is there since Linux 5.18 (commit b44123b4a3dc),
+	// bpf_skc_to_mptcp_sock since 5.19 (3bc253c2e652), if it has MPTCP. What
+	// they do can be done without: try with them first.
 	var first error
-	for _, haveSetRetval := range []bool{true, false} {
+	for _, have := range []struct{ mptcp, setRetval bool }{{true, true}, {false, true}, {false, false}} {
 		spec, err := bpf.LoadShunt()
 		if err != nil {
 			return nil, err
 		}
-		if err := spec.Variables[bpf.ShuntVarHaveSetRetval].Set(haveSetRetval); err != nil {
+		err = errors.Join(
+			spec.Variables[bpf.ShuntVarHaveMptcp].Set(have.mptcp),
+			spec.Variables[bpf.ShuntVarHaveSetRetval].Set(have.setRetval),
+		)
+		if err != nil {
 			return nil, err
 		}
 		if d.opts.InflightLimit != 0 {

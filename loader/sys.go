@@ -121,6 +121,26 @@ func remove[K any](m fd, key *K) error {
 	return err
 }
 
+// eachKey calls fn with every key of a hash map. Where others change the map
+// meanwhile, the kernel may begin anew, and keys come twice; limit bounds that.
+func eachKey[K any](m fd, limit int, fn func(key *K)) error {
+	var prev *K
+	for range limit {
+		next := new(K)
+		attr := elemAttr{mapFD: uint32(m), key: unsafe.Pointer(prev), value: unsafe.Pointer(next)}
+		_, err := syscallBPF(unix.BPF_MAP_GET_NEXT_KEY, unsafe.Pointer(&attr), unsafe.Sizeof(attr))
+		if errors.Is(err, unix.ENOENT) {
+			return nil
+		}
+		if err != nil {
+			return fmt.Errorf("list a map: %w", err)
+		}
+		fn(next)
+		prev = next
+	}
+	return errors.New("list a map: it changes all the time")
+}
+
 type progLoadAttr struct {
 	progType           uint32
 	insnCount          uint32
