@@ -232,7 +232,7 @@ func (f fd) detach() error {
 
 // linkInfo is struct bpf_link_info for cgroup and netns links.
 type linkInfo struct {
-	typ    uint32
+	_      uint32 // type
 	id     uint32
 	progID uint32
 	_      uint32
@@ -253,9 +253,8 @@ func (i *linkInfo) netnsTarget() (inode uint32, attach ebpf.AttachType) {
 
 // progInfo is the head of struct bpf_prog_info.
 type progInfo struct {
-	typ uint32
-	id  uint32
-	tag [8]byte
+	_  uint32 // type
+	id uint32
 }
 
 func info[T any](f fd) (*T, error) {

@@ -485,7 +485,7 @@ func TestPrivilegedPods(t *testing.T) {
 		if _, err := NewPod(t).cookie(); errors.Is(err, unix.ENOPROTOOPT) {
 			t.Skip("SO_NETNS_COOKIE needs Linux 5.14")
 		}
-		if NewPod(t).NetnsCookie(t) == NewPod(t).NetnsCookie(t) {
+		if one, other := NewPod(t).NetnsCookie(t), NewPod(t).NetnsCookie(t); one == other {
 			t.Error("two pods with one cookie")
 		}
 	})
