@@ -498,7 +498,7 @@ struct flow {
 	__u32 gid;
 };
 
-static __always_inline enum rule decide_outbound(__u64 cookie, const struct pod *pod, const struct flow *f)
+static __always_inline enum rule outbound_rule(__u64 cookie, const struct pod *pod, const struct flow *f)
 {
 	__u32 listed = (pod->flags & POD_OUT_PORTS) ? port_flags(cookie, DIR_OUT, f->port) : 0;
 	bool dns = (pod->flags & POD_DNS) && f->port == DNS_WELL_KNOWN;
@@ -530,6 +530,13 @@ static __always_inline enum rule decide_outbound(__u64 cookie, const struct pod 
 	if ((pod->flags & POD_OUT_ALL) || (f->dest & DEST_INCLUDE))
 		return RULE_OUT_INCLUDE_CIDR;
 	return RULE_OUT_DEFAULT;
+}
+
+// decide_outbound is a global function: the verifier follows it once, not once
+// for every path that leads to it.
+__noinline int decide_outbound(__u64 cookie, const struct pod *pod, const struct flow *f)
+{
+	return pod && f ? outbound_rule(cookie, pod, f) : RULE_NONE;
 }
 
 // target_port gives the proxy's port for a rule, 0 for a direct connection.
@@ -747,6 +754,8 @@ static __always_inline int connect(struct bpf_sock_addr *ctx, bool v6)
 	find_owner(sk, &f);
 
 	rule = decide_outbound(cookie, pod, &f);
+	if (rule == RULE_NONE || rule >= RULE_COUNT)
+		return deny(cookie, PLACE_NO_POD, -ENOENT); // can't be; the verifier doesn't know
 	count(c, rule);
 	port = target_port(pod, rule);
 	room = c->inflight < inflight_limit;

@@ -4,7 +4,7 @@
 package bpf
 
 // Digest is the SHA-256 of the compiled object.
-const Digest = "51174456abfe5b371725a339cef521f332b7030602c28967fa073621b6c9249f"
+const Digest = "5dee2a1b2771fd8898798f8b4399083c6346288856f9a6c0be6636bc314d074e"
 
 // stampCode is the program's instructions, with map descriptors of zero.
 const stampCode = "" +
