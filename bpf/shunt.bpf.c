@@ -1312,8 +1312,9 @@ int shunt_sk_lookup(struct bpf_sk_lookup *ctx)
 	}
 
 	// For IPv4 the interface is that of the route, which for the pod's own
-	// address is where that address lies: the source tells, which the kernel
-	// lets nobody outside use.
+	// address is where that address lies: the source tells. From outside the
+	// kernel takes no such IPv4 packet, and the answer to a forged IPv6 one
+	// stays inside the pod.
 	four = ctx->family == AF_INET;
 	remote = four ? mapped(ctx->remote_ip4) : words(ctx->remote_ip6);
 	if (is_local(cookie, &remote))

@@ -4,7 +4,7 @@
 package bpf
 
 // Digest is the SHA-256 of the compiled object.
-const Digest = "5dee2a1b2771fd8898798f8b4399083c6346288856f9a6c0be6636bc314d074e"
+const Digest = "ccab224704389f8bb5c8f1649c37b6a9443f5d844e758cc488544143d2a998f9"
 
 // stampCode is the program's instructions, with map descriptors of zero.
 const stampCode = "" +
