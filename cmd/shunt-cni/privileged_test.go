@@ -185,6 +185,9 @@ func (n *node) left(t testing.TB, pods ...*testbed.Pod) []string {
 			left = append(left, fmt.Sprintf("%d entries of map %s", count, name))
 		}
 	}
+	if slots := n.stamped(t); len(slots) > 0 {
+		left = append(left, fmt.Sprintf("stamps %v in use", slots))
+	}
 	for _, dir := range []string{n.BPFDir, n.RunDir} {
 		err := filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
 			rel, _ := filepath.Rel(dir, path) // it lies below
@@ -212,6 +215,44 @@ func (n *node) left(t testing.TB, pods ...*testbed.Pod) []string {
 	return left
 }
 
+// stamped lists the slots of the stamp programs that serve a pod.
+func (n *node) stamped(t testing.TB) (slots []uint32) {
+	t.Helper()
+	for _, path := range glob(t, filepath.Join(n.BPFDir, "datapath-*", bpf.ShuntMapSlots)) {
+		m, err := ebpf.LoadPinnedMap(path, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var slot uint32
+		var cookie, highest uint64
+		// The first holds how many there are.
+		if err := m.Lookup(slot, &highest); err != nil {
+			t.Fatalf("look up the highest slot: %v", err)
+		}
+		for slot = 1; uint64(slot) <= highest; slot++ {
+			if err := m.Lookup(slot, &cookie); err != nil {
+				t.Fatalf("look up slot %d: %v", slot, err)
+			}
+			if cookie != 0 {
+				slots = append(slots, slot)
+			}
+		}
+		m.Close()
+	}
+	return slots
+}
+
+// drain takes away the stamp programs that no pod has, so that the next ADD has
+// to load one of its own.
+func (n *node) drain(t testing.TB) {
+	t.Helper()
+	for _, path := range glob(t, filepath.Join(n.BPFDir, "datapath-*", "free", "*")) {
+		if err := os.Remove(path); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
 // expectNothing fails the test if anything is left.
 func (n *node) expectNothing(t testing.TB, pods ...*testbed.Pod) {
 	t.Helper()
@@ -236,8 +277,7 @@ func (n *node) expectOnly(t testing.TB, allowed func(string) bool, pods ...*test
 // cutShort tells what a plugin that was killed may leave until the next ADD
 // clears it away: a record and a datapath that had no name yet.
 func cutShort(left string) bool {
-	return filepath.Base(left) == ".next" || strings.HasPrefix(filepath.Base(left), "load-") ||
-		strings.HasPrefix(filepath.Base(filepath.Dir(left)), "load-")
+	return filepath.Base(left) == ".next" || strings.Contains(left, "/load-")
 }
 
 // podHooks are the attach types of a redirected pod's cgroup.
@@ -575,7 +615,8 @@ func TestPrivilegedBadAdd(t *testing.T) {
 				n.Kubeconfig = "/none/such"
 				return nil
 			},
-			11, []string{"/none/such", "no such file"},
+			11,
+			[]string{"/none/such", "no such file"},
 		},
 		{"API answers 500", answer(testbed.APIFault{Status: 500, Message: "etcd is on fire"}), 11, []string{"500", "etcd is on fire"}},
 		{"API answers 403", answer(testbed.APIFault{Status: 403, Message: "not for you"}), 11, []string{"403", "not for you"}},
@@ -594,7 +635,8 @@ func TestPrivilegedBadAdd(t *testing.T) {
 		},
 		{
 			"no pod cgroup", func(t *testing.T, _ *node, p *testbed.Pod) []testbed.Override { p.RemoveCgroup(t); return nil },
-			codeProgram, []string{"no cgroup of the pod", "cgroupPath"},
+			codeProgram,
+			[]string{"no cgroup of the pod", "cgroupPath"},
 		},
 		{
 			"no cgroup2", set("cgroupRoot", "/proc"), codeProgram, []string{"cgroupRoot", "/proc", "cgroup2"},
@@ -790,16 +832,20 @@ func TestPrivilegedMountsBPFFS(t *testing.T) {
 	n.BPFDir = seen.BPFDir // for the node's own look at the end
 }
 
-// steps tells how a sweep over the steps of a process went.
-type steps struct {
-	tried, refused, succeeded int
-	last                      testbed.StepsResult // of the run that went through
-}
+// full says that each and every step is to be tried.
+func full() bool { return os.Getenv(allSteps) != "" }
+
+// raced says that the plugin has the race detector: it is slow then, and linked
+// with libc.
+func raced() bool { return os.Getenv(testbed.RaceEnv) != "" }
 
 // sweep runs try for step 1, 2, … in a subtest each, until the process ends
 // before it has come to that step. choose, if not nil, picks steps.
 func sweep(t *testing.T, choose func(step int) bool, try func(t *testing.T, step int) testbed.StepsResult) (tried int, last testbed.StepsResult) {
 	t.Helper()
+	if choose == nil && raced() && !full() {
+		choose = func(step int) bool { return step%5 == 1 } // odd and even ones
+	}
 	failed := 0
 	for step, hit := 1, true; hit; step++ {
 		if choose != nil && !choose(step) {
@@ -831,13 +877,13 @@ func join(steps []testbed.Step) string {
 	return strings.Join(lines, "\n\t")
 }
 
-// sample chooses the steps of a first ADD after a boot. Those at which the
-// loading changes something that outlives the process are all tried; of those
-// before (the making of nameless maps and programs, which a process takes with
-// it) and after (which a later ADD has too), some.
+// sample chooses steps of a first ADD after a boot: some of those before the
+// load makes anything that outlives the process, of those in which it does, and
+// of those after it, which a later ADD has too. The first and the last step of
+// the load are always among them.
 func sample(t *testing.T, all testbed.StepsResult) func(step int) bool {
 	t.Helper()
-	if os.Getenv(allSteps) != "" {
+	if full() {
 		return nil
 	}
 	seed := rand.Uint64()
@@ -847,24 +893,24 @@ func sample(t *testing.T, all testbed.StepsResult) func(step int) bool {
 			t.Fatalf("%s: %v", seedEnv, err)
 		}
 	}
-	first := slices.IndexFunc(all.Steps, func(s testbed.Step) bool { return strings.Contains(s.Arg, "/load-") })
-	last := slices.IndexFunc(all.Steps, func(s testbed.Step) bool { return s.Call == "renameat" && strings.Contains(s.Arg, "/load-") })
-	if first < 0 || last < first {
+	isLoad := func(s testbed.Step) bool { return strings.Contains(s.Arg, "/load-") }
+	steps := slices.Clone(all.Steps)
+	first := slices.IndexFunc(steps, isLoad) + 1
+	slices.Reverse(steps)
+	last := len(steps) - slices.IndexFunc(steps, isLoad)
+	if first == 0 || last > len(steps) {
 		t.Fatalf("no load is seen among the steps:\n\t%s", join(all.Steps))
 	}
-	n := len(all.Steps)
-	chosen := map[int]bool{n + 1: true} // one more than there are: it ends the sweep
-	for i := first; i <= last+1; i++ {
-		chosen[i+1] = true
-	}
+	chosen := map[int]bool{first: true, first + 1: true, last - 1: true, last: true, last + 1: true}
 	rng := rand.New(rand.NewPCG(seed, 0))
 	for range sampled {
 		chosen[1+rng.IntN(first)] = true
-		chosen[last+2+rng.IntN(n-last-1)] = true
+		chosen[first+rng.IntN(last-first)] = true
+		chosen[last+1+rng.IntN(len(steps)-last)] = true
 	}
-	t.Logf("of %d steps, %d of the load are tried and %d others, by seed %d (%s; all: %s=1)",
-		n, last-first+2, len(chosen)-(last-first+2)-1, seed, seedEnv, allSteps)
-	return func(step int) bool { return chosen[step] || step > n }
+	t.Logf("of %d steps, of which %d to %d are the load, %d are tried, by seed %d (%s; all: %s=1)",
+		len(steps), first, last, len(chosen), seed, seedEnv, allSteps)
+	return func(step int) bool { return chosen[step] || step > len(steps) }
 }
 
 // booted gives a node on which no ADD has been, and the steps of its first.
@@ -927,6 +973,9 @@ func TestPrivilegedKilledAnywhere(t *testing.T) {
 		name := map[testbed.FaultKind]string{testbed.KillBefore: "before", testbed.KillAfter: "after"}[kind]
 		t.Run("ADD "+name, func(t *testing.T) {
 			tried, _ := sweep(t, nil, func(t *testing.T, step int) testbed.StepsResult {
+				if kind == testbed.KillAfter {
+					n.drain(t)
+				}
 				return killedAdd(t, n, testbed.Fault{Step: step, Kind: kind})
 			})
 			t.Logf("killed %s each of %d steps", name, tried)
@@ -966,6 +1015,10 @@ var observed = []string{
 	"openat", "read", "newfstatat", "fstat", "statfs", "fstatfs", "getdents64", "socket", "connect", "getsockopt", "setsockopt", "recvfrom",
 }
 
+// unlinked says that libc could not be linked to the plugin with the race
+// detector: the failing step was not the plugin's.
+func unlinked(r testbed.CNIResult) bool { return raced() && r.ExitCode == 127 }
+
 // TestPrivilegedFailedAnywhere lets each system call fail in turn, once. An ADD
 // must fail and leave nothing, or succeed with the pod redirected; a DEL must
 // fail, or leave nothing.
@@ -1003,6 +1056,8 @@ func TestPrivilegedFailedAnywhere(t *testing.T) {
 			if fault.Step%8 == 0 {
 				n.expectRedirected(t, p)
 			}
+		case unlinked(r):
+			n.expectNothing(t, p)
 		case r.ExitCode != 1 || r.Err == nil || r.Err.Msg == "":
 			t.Errorf("%s: ADD failed, but not by one CNI error: %s", at, r)
 		default:
@@ -1025,10 +1080,17 @@ func TestPrivilegedFailedAnywhere(t *testing.T) {
 	first := n.pod(t)
 	n.MustAdd(t, first)
 	n.MustDel(t, first)
-	t.Run("ADD", func(t *testing.T) {
-		tried, _ := sweep(t, nil, func(t *testing.T, step int) testbed.StepsResult { return failedAdd(t, n, fail(step)) })
-		t.Logf("%d steps", tried)
-	})
+	for _, drained := range []bool{false, true} {
+		t.Run(map[bool]string{false: "ADD", true: "ADD without a free stamp"}[drained], func(t *testing.T) {
+			tried, _ := sweep(t, nil, func(t *testing.T, step int) testbed.StepsResult {
+				if drained {
+					n.drain(t)
+				}
+				return failedAdd(t, n, fail(step))
+			})
+			t.Logf("%d steps", tried)
+		})
+	}
 	t.Run("DEL", func(t *testing.T) {
 		tried, _ := sweep(t, nil, func(t *testing.T, step int) testbed.StepsResult {
 			p := n.pod(t)
@@ -1041,6 +1103,7 @@ func TestPrivilegedFailedAnywhere(t *testing.T) {
 			switch {
 			case r.OK():
 				n.expectNothing(t, p)
+			case unlinked(r):
 			case r.ExitCode != 1 || r.Err == nil || r.Err.Msg == "":
 				t.Errorf("%v: DEL failed, but not by one CNI error: %s", fault, r)
 			}
@@ -1119,8 +1182,14 @@ func TestPrivilegedStorm(t *testing.T) {
 			n.expectRedirected(t, p)
 		}
 	}
+	if slots := n.stamped(t); len(slots) != pods {
+		t.Errorf("%d stamps are in use by %d pods: %v", len(slots), pods, slots)
+	}
 	storm("DEL", pods, succeeds)
 	n.expectNothing(t, all...)
+	if free := glob(t, n.BPFDir+"/datapath-*/free/*"); len(free) != pods {
+		t.Errorf("%d stamps are free after %d pods", len(free), pods)
+	}
 }
 
 // TestPrivilegedSandboxRecreated: the sandbox of a pod dies, and the kubelet
