@@ -924,6 +924,16 @@ static __always_inline void set_state_callbacks(struct bpf_sock_ops *ctx, bool o
 	bpf_sock_ops_cb_flags_set(ctx, on ? flags | BPF_SOCK_OPS_STATE_CB_FLAG : flags);
 }
 
+// place_of gives the i-th place in the order in which the kernel looks.
+static __always_inline __u32 place_of(__u32 family, int i)
+{
+	__u32 kind = i / SLOTS == 2 ? LISTENER_ANY6 :
+		     family == FAMILY4 ? LISTENER_POD4 + i / SLOTS :
+		     i / SLOTS	       ? LISTENER_ONLY6 : LISTENER_POD6;
+
+	return kind * SLOTS + i % SLOTS;
+}
+
 // choose picks the listener that gets a family's inbound connections: in the
 // kernel's own order the exact address before the wildcard, the family's own
 // sockets before those for both.
@@ -936,10 +946,7 @@ static __always_inline void choose(struct pod_state *c, __u32 family)
 		__u32 chosen = NO_LISTENER;
 
 		for (int i = 0; i < 3 * SLOTS && chosen == NO_LISTENER; i++) {
-			__u32 kind = i / SLOTS == 2 ? LISTENER_ANY6 :
-				     family == FAMILY4 ? LISTENER_POD4 + i / SLOTS :
-				     i / SLOTS	       ? LISTENER_ONLY6 : LISTENER_POD6;
-			__u32 place = kind * SLOTS + i % SLOTS;
+			__u32 place = place_of(family, i);
 
 			if (*(volatile __u64 *)&c->listeners[place])
 				chosen = place;
@@ -1270,6 +1277,18 @@ int shunt_stamp(struct bpf_sk_lookup *ctx)
 	return SK_PASS;
 }
 
+static __always_inline long assign(struct bpf_sk_lookup *ctx, const struct listener_key *key)
+{
+	struct bpf_sock *sk = bpf_map_lookup_elem(&listeners, key);
+	long err;
+
+	if (!sk)
+		return -ENOENT;
+	err = bpf_sk_assign(ctx, sk, 0);
+	bpf_sk_release(sk);
+	return err;
+}
+
 // The second. The kernel runs both in one go, with bottom halves off for
 // packets; where something else comes between (a look-up on behalf of a process,
 // or softirqs that can be preempted), the stamp is not of this connection, and
@@ -1280,7 +1299,6 @@ int shunt_sk_lookup(struct bpf_sk_lookup *ctx)
 	struct listener_key key = {};
 	struct pod_state *c;
 	struct addr remote;
-	struct bpf_sock *sk;
 	struct stamp *s;
 	struct pod *pod;
 	enum rule rule;
@@ -1333,16 +1351,17 @@ int shunt_sk_lookup(struct bpf_sk_lookup *ctx)
 
 	key.cookie = cookie;
 	key.place = four ? c->inbound[FAMILY4] : c->inbound[FAMILY6];
-	sk = bpf_map_lookup_elem(&listeners, &key);
-	if (!sk) {
-		failed(cookie, PLACE_LISTENER_NONE, -ENOENT);
-		return SK_DROP; // the client gets a RST
+	err = assign(ctx, &key);
+	// One that closes leaves the map, or refuses, a moment before on_unlisten
+	// hears of it: the others of its group are as good.
+	for (int i = 0; i < 3 * SLOTS && err; i++) {
+		key.place = place_of(four ? FAMILY4 : FAMILY6, i);
+		if (*(volatile __u64 *)&c->listeners[key.place])
+			err = assign(ctx, &key);
 	}
-	err = bpf_sk_assign(ctx, sk, 0);
-	bpf_sk_release(sk);
 	if (err) {
-		failed(cookie, PLACE_LISTENER_ASSIGN, err);
-		return SK_DROP;
+		failed(cookie, err == -ENOENT ? PLACE_LISTENER_NONE : PLACE_LISTENER_ASSIGN, err);
+		return SK_DROP; // the client gets a RST
 	}
 	return SK_PASS;
 }

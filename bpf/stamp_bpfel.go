@@ -4,7 +4,7 @@
 package bpf
 
 // Digest is the SHA-256 of the compiled object.
-const Digest = "ccab224704389f8bb5c8f1649c37b6a9443f5d844e758cc488544143d2a998f9"
+const Digest = "83cd08464a79302bda2617899496dcd2b8f46af4dc1354f66904b6fb4b6b93cb"
 
 // stampCode is the program's instructions, with map descriptors of zero.
 const stampCode = "" +
