@@ -1,11 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Reading the cgroup's CPU limit at start costs a process that lives for a few
-// milliseconds more than it could ever bring.
-//
-//go:debug containermaxprocs=0
-//go:debug updatemaxprocs=0
-
 // Command shunt-cni is the CNI plugin: chained after the plugins that make a
 // pod's network, it programs the redirection of the pod's TCP traffic to its
 // sidecar proxy. It is started for every pod of the node, and is small and

@@ -275,7 +275,7 @@ func TestAddTarget(t *testing.T) {
 	}
 	a := redirect.Attachment{ContainerID: "c1", IfName: "eth0"}
 	want := redirect.Target{
-		Attachment: a, Netns: "/run/netns/pod", Cgroup: "/cg/pod",
+		Attachment: a, Network: "n", Netns: "/run/netns/pod", Cgroup: "/cg/pod",
 		Pod:   redirect.PodRef{Namespace: "ns", Name: "p", UID: podUID},
 		Addrs: []netip.Addr{netip.MustParseAddr("10.0.0.5")},
 	}

@@ -6,9 +6,10 @@
 package kubeapi
 
 import (
+	"bufio"
 	"context"
+	"crypto/tls"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -44,16 +45,13 @@ func (e *StatusError) Error() string {
 // A Client gets pods from the API server that a kubeconfig names.
 //
 // The kubeconfig and the files it names are read anew at each call, for the
-// node agent replaces them whenever its token is rotated. Connections are kept
-// while what they say stays the same.
-//
-// A Client must not be used by two goroutines at once.
+// node agent replaces them whenever its token is rotated. Each call has a
+// connection of its own, and stays on its goroutine: net/http's client hands a
+// request through five, which on a node that starts many pods at once is most
+// of the time that it takes.
 type Client struct {
 	kubeconfig string
 	userAgent  string
-
-	creds *credentials // that http was made of
-	http  *http.Client
 }
 
 // NewClient returns a client. It reads nothing and connects nowhere yet.
@@ -67,7 +65,8 @@ func (c *Client) Kubeconfig() string { return c.kubeconfig }
 // CheckConfig reads the kubeconfig and the files that it names, and fails with
 // a *ConfigError where a request could not even be made.
 func CheckConfig(kubeconfig string) error {
-	return NewClient(kubeconfig, "").reload()
+	_, _, err := NewClient(kubeconfig, "").load()
+	return err
 }
 
 // Pod gets the pod once and returns it in JSON, unread. It takes as long as
@@ -75,24 +74,36 @@ func CheckConfig(kubeconfig string) error {
 // with a *StatusError where the server answers anything but 200, and otherwise
 // with what the network came to.
 func (c *Client) Pod(ctx context.Context, namespace, name string) ([]byte, error) {
-	if err := c.reload(); err != nil {
+	creds, tlsConfig, err := c.load()
+	if err != nil {
 		return nil, err
 	}
-	at := c.creds.server + "/api/v1/namespaces/" + url.PathEscape(namespace) + "/pods/" + url.PathEscape(name)
+	at := creds.server + "/api/v1/namespaces/" + url.PathEscape(namespace) + "/pods/" + url.PathEscape(name)
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, at, nil)
 	if err != nil {
 		return nil, fmt.Errorf("get %s: %w", at, err)
 	}
 	req.Header.Set("Accept", "application/json")
 	req.Header.Set("User-Agent", c.userAgent)
-	if c.creds.token != "" {
-		req.Header.Set("Authorization", "Bearer "+c.creds.token)
+	req.Header.Set("Connection", "close")
+	if creds.token != "" {
+		req.Header.Set("Authorization", "Bearer "+creds.token)
 	}
-	resp, err := c.http.Do(req)
+	conn, err := new(net.Dialer).DialContext(ctx, "tcp", hostPort(req.URL))
 	if err != nil {
-		return nil, lower(err)
+		return nil, fmt.Errorf("get %s: %w", at, err)
 	}
-	defer resp.Body.Close()
+	defer conn.Close()
+	stop := context.AfterFunc(ctx, func() { conn.SetDeadline(time.Unix(1, 0)) })
+	defer stop()
+	// A redirect is an answer like any other: to follow it would carry the
+	// token to who knows where.
+	resp, err := roundTrip(conn, req, tlsConfig)
+	if err != nil {
+		return nil, fmt.Errorf("get %s: %w", at, whyEnded(ctx, err))
+	}
+	// The body is not closed, which would mean to read the rest of it: the
+	// connection is.
 	var body []byte
 	if resp.ContentLength <= maxBody { // or is unknown, -1
 		body, err = readBounded(resp.Body, maxBody, "the answer")
@@ -103,48 +114,56 @@ func (c *Client) Pod(ctx context.Context, namespace, name string) ([]byte, error
 		return nil, statusError(at, resp, body)
 	}
 	if err != nil {
-		return nil, fmt.Errorf("get %s: read: %w", at, err)
+		return nil, fmt.Errorf("get %s: read: %w", at, whyEnded(ctx, err))
 	}
 	return body, nil
 }
 
-// reload reads the kubeconfig and makes a new HTTP client if it differs from
-// what the present one was made of.
-func (c *Client) reload() error {
+// load reads the kubeconfig and all that it names.
+func (c *Client) load() (*credentials, *tls.Config, error) {
 	creds, err := readCredentials(c.kubeconfig)
 	if err != nil {
-		return err
-	}
-	if c.creds != nil && creds.equal(c.creds) {
-		return nil
+		return nil, nil, err
 	}
 	t, err := creds.tlsConfig()
 	if err != nil {
-		return &ConfigError{Path: c.kubeconfig, Err: err}
+		return nil, nil, &ConfigError{Path: c.kubeconfig, Err: err}
 	}
-	if c.http != nil {
-		c.http.CloseIdleConnections()
-	}
-	c.creds = creds
-	c.http = &http.Client{
-		Transport: &http.Transport{
-			// No proxy from the environment: the plugin has the runtime's,
-			// which is meant for pulling images.
-			Proxy:           nil,
-			DialContext:     (&net.Dialer{}).DialContext,
-			TLSClientConfig: t,
-		},
-		// A redirect would carry the token to who knows where.
-		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
-	}
-	return nil
+	return creds, t, nil
 }
 
-// lower turns net/http's `Get "URL": cause` into this project's form.
-func lower(err error) error {
-	var e *url.Error
-	if errors.As(err, &e) {
-		return fmt.Errorf("%s %s: %w", strings.ToLower(e.Op), e.URL, e.Err)
+// hostPort says where the server of a URL is. There is no proxy from the
+// environment: the plugin has the runtime's, which is meant for pulling images.
+func hostPort(u *url.URL) string {
+	port := u.Port()
+	if port == "" {
+		port = map[string]string{"https": "443", "http": "80"}[u.Scheme]
+	}
+	return net.JoinHostPort(u.Hostname(), port)
+}
+
+// roundTrip sends a request and reads the head of the answer to it.
+func roundTrip(conn net.Conn, req *http.Request, config *tls.Config) (*http.Response, error) {
+	if req.URL.Scheme == "https" {
+		if config.ServerName == "" {
+			config.ServerName = req.URL.Hostname()
+		}
+		secure := tls.Client(conn, config)
+		if err := secure.HandshakeContext(context.Background()); err != nil { // conn has the deadline
+			return nil, fmt.Errorf("tls: %w", err)
+		}
+		conn = secure
+	}
+	if err := req.Write(conn); err != nil {
+		return nil, err
+	}
+	return http.ReadResponse(bufio.NewReader(conn), req)
+}
+
+// whyEnded puts the end of ctx in place of what it did to the connection.
+func whyEnded(ctx context.Context, err error) error {
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
 	}
 	return err
 }

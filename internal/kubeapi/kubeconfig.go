@@ -86,11 +86,6 @@ type credentials struct {
 	token      string
 }
 
-func (c *credentials) equal(d *credentials) bool {
-	return c.server == d.server && c.serverName == d.serverName && c.insecure == d.insecure && c.token == d.token &&
-		bytes.Equal(c.ca, d.ca) && bytes.Equal(c.cert, d.cert) && bytes.Equal(c.key, d.key)
-}
-
 // maxFile bounds what is read of a kubeconfig and of the files it names, in
 // bytes.
 const maxFile = 1 << 20
