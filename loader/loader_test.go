@@ -117,8 +117,10 @@ func nothingLeft(t testing.TB, opts Options) {
 			t.Errorf("map %s has %d entries left", name, n)
 		}
 	}
-	for _, dir := range []string{opts.BPFDir + "/" + cgroupLinks, opts.BPFDir + "/" + netnsLinks,
-		opts.RunDir + "/" + recordsDir, opts.RunDir + "/" + usersDir} {
+	for _, dir := range []string{
+		opts.BPFDir + "/" + cgroupLinks, opts.BPFDir + "/" + netnsLinks,
+		opts.RunDir + "/" + recordsDir, opts.RunDir + "/" + usersDir,
+	} {
 		left, err := os.ReadDir(dir)
 		if err != nil && !errors.Is(err, fs.ErrNotExist) {
 			t.Error(err)

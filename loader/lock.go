@@ -19,7 +19,7 @@ func lock(ctx context.Context, path string) (func(), error) {
 	if err != nil {
 		return nil, fmt.Errorf("open the node's lock: %w", &fs.PathError{Op: "open", Path: path, Err: err})
 	}
-	release := func() { unix.Close(f) }
+	release := func() { _ = unix.Close(f) }
 	err = unix.Flock(f, unix.LOCK_EX|unix.LOCK_NB)
 	if err == nil {
 		return release, nil
@@ -47,7 +47,10 @@ func lock(ctx context.Context, path string) (func(), error) {
 		}
 		return release, nil
 	case <-ctx.Done():
-		go func() { <-done; release() }()
+		go func() {
+			<-done //nolint:errcheck // nobody waits for the lock any more
+			release()
+		}()
 		return nil, fmt.Errorf("wait for %s, held by another shunt process: %w", path, context.Cause(ctx))
 	}
 }

@@ -86,15 +86,21 @@ func readRecordFile(path string) (*Record, error) {
 
 func (d *Datapath) writeRecord(r *Record) error {
 	path, user := d.recordPath(r.ID), d.userPath(r)
-	err := replace(path, r.encode())
+	write := func() error {
+		if err := replace(path, r.encode()); err != nil {
+			return err
+		}
+		err := os.Link(path, user)
+		if errors.Is(err, fs.ErrExist) {
+			err = nil // its content is an earlier record's: only the name counts
+		}
+		return err
+	}
+	err := write()
+	// Either folder may be missing: a process may have ended between the two.
 	if errors.Is(err, fs.ErrNotExist) {
 		if err = errors.Join(os.MkdirAll(filepath.Dir(path), 0o700), os.MkdirAll(filepath.Dir(user), 0o700)); err == nil {
-			err = replace(path, r.encode())
-		}
-	}
-	if err == nil {
-		if err = os.Link(path, user); errors.Is(err, fs.ErrExist) {
-			err = nil // its content is an earlier record's: only the name counts
+			err = write()
 		}
 	}
 	if err != nil {

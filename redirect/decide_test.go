@@ -46,15 +46,19 @@ func inboundAll(p *Policy) {
 	p.IncludeInboundPorts = Ports{All: true}
 	p.ExcludeInboundPorts = ports(15020, 15021)
 }
+
 func include(l ...string) func(*Policy) {
 	return func(p *Policy) { p.IncludeOutbound = Prefixes{List: prefixes(l...)} }
 }
+
 func exclude(l ...string) func(*Policy) {
 	return func(p *Policy) { p.ExcludeOutbound = prefixes(l...) }
 }
+
 func includePorts(l ...uint16) func(*Policy) {
 	return func(p *Policy) { p.IncludeOutboundPorts = Ports{Ranges: ports(l...)} }
 }
+
 func excludePorts(l ...uint16) func(*Policy) {
 	return func(p *Policy) { p.ExcludeOutboundPorts = ports(l...) }
 }

@@ -94,16 +94,14 @@ func (c *Client) Pod(ctx context.Context, namespace, name string) ([]byte, error
 		return nil, fmt.Errorf("get %s: %w", at, err)
 	}
 	defer conn.Close()
-	stop := context.AfterFunc(ctx, func() { conn.SetDeadline(time.Unix(1, 0)) })
+	stop := context.AfterFunc(ctx, func() { _ = conn.SetDeadline(time.Unix(1, 0)) }) // fails once it is closed
 	defer stop()
 	// A redirect is an answer like any other: to follow it would carry the
 	// token to who knows where.
-	resp, err := roundTrip(conn, req, tlsConfig)
+	resp, err := roundTrip(conn, req, tlsConfig) //nolint:bodyclose // to close it is to read all of it; conn is closed
 	if err != nil {
 		return nil, fmt.Errorf("get %s: %w", at, whyEnded(ctx, err))
 	}
-	// The body is not closed, which would mean to read the rest of it: the
-	// connection is.
 	var body []byte
 	if resp.ContentLength <= maxBody { // or is unknown, -1
 		body, err = readBounded(resp.Body, maxBody, "the answer")

@@ -363,11 +363,11 @@ func recvFD(socket int) (int, error) {
 	}
 	msgs, err := unix.ParseSocketControlMessage(oob[:n])
 	if err != nil || len(msgs) != 1 {
-		return -1, fmt.Errorf("no descriptor came (%d messages, %v)", len(msgs), err)
+		return -1, fmt.Errorf("no descriptor came (%d messages, %w)", len(msgs), errors.Join(err, unix.EBADMSG))
 	}
 	fds, err := unix.ParseUnixRights(&msgs[0])
 	if err != nil || len(fds) != 1 {
-		return -1, fmt.Errorf("no descriptor came: %v", err)
+		return -1, fmt.Errorf("no descriptor came: %w", errors.Join(err, unix.EBADMSG))
 	}
 	return fds[0], nil
 }

@@ -274,8 +274,11 @@ func (t *tracee) trace() (status unix.WaitStatus, err error) {
 			}
 		}
 	}()
-	if _, err := unix.Wait4(t.pid, &status, unix.WALL, nil); err != nil || !status.Stopped() {
-		return status, fmt.Errorf("wait for the program's exec: status %#x, %v", status, err)
+	if _, err := unix.Wait4(t.pid, &status, unix.WALL, nil); err != nil {
+		return status, fmt.Errorf("wait for the program's exec: %w", err)
+	}
+	if !status.Stopped() {
+		return status, fmt.Errorf("wait for the program's exec: it has ended, by status %#x", status)
 	}
 	t.known[t.pid] = true
 	const options = unix.PTRACE_O_TRACESYSGOOD | unix.PTRACE_O_TRACECLONE | unix.PTRACE_O_TRACEEXEC | unix.PTRACE_O_EXITKILL

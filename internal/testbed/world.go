@@ -315,8 +315,11 @@ func quietIPv6(t testing.TB, n *namespace) {
 	t.Helper()
 	for _, conf := range []string{"all", "default"} {
 		for _, s := range [][2]string{
-			{"accept_dad", "0"}, {"dad_transmits", "0"}, {"accept_ra", "0"},
-			{"autoconf", "0"}, {"router_solicitations", "0"},
+			{"accept_dad", "0"},
+			{"dad_transmits", "0"},
+			{"accept_ra", "0"},
+			{"autoconf", "0"},
+			{"router_solicitations", "0"},
 		} {
 			if err := n.sysctl("net/ipv6/conf/"+conf+"/"+s[0], s[1]); err != nil {
 				t.Fatal(err)

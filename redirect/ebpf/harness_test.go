@@ -29,7 +29,7 @@ func TestMain(m *testing.M) {
 	// A process with the race detector sleeps for a second before it exits,
 	// and the tests wait for many actors.
 	if os.Getenv("GORACE") == "" {
-		os.Setenv("GORACE", "atexit_sleep_ms=0")
+		_ = os.Setenv("GORACE", "atexit_sleep_ms=0") // fails on malformed names only
 	}
 	testbed.Main(m)
 }

@@ -371,8 +371,11 @@ func TestPrivilegedOwner(t *testing.T) {
 			name     string
 			uid, gid *int
 		}{
-			{"root", nil, nil}, {"fsuid of the proxy", &uid, nil}, {"fsgid of the proxy", nil, &gid},
-			{"both of the proxy", &uid, &gid}, {"both of another", &other, &other},
+			{"root", nil, nil},
+			{"fsuid of the proxy", &uid, nil},
+			{"fsgid of the proxy", nil, &gid},
+			{"both of the proxy", &uid, &gid},
+			{"both of another", &other, &other},
 		} {
 			compare(t, x, o.name+" to "+dst, func(t *testing.T, p *twin) seen {
 				root := p.Actor(t, "root", 0, 0)

@@ -101,8 +101,10 @@ func TestPrivilegedSourceAddress(t *testing.T) {
 		{"one address", nil},
 		{"two on an interface", []testbed.Option{testbed.Addrs("10.244.3.1", "10.244.3.2", "fd10:3::1", "fd10:3::2")}},
 		{"two on an interface, of other networks", []testbed.Option{testbed.Addrs("10.244.3.9", "10.98.3.2", "2001:db8:2::1", "fd99:3::2")}},
-		{"one on each of two", []testbed.Option{testbed.Addrs("10.244.3.1", "fd10:3::1"),
-			testbed.Interface("net1", []string{"10.245.3.2", "fd11:3::2"}, []string{"10.96.0.0/13", "2001:db8:1::/48"})}},
+		{"one on each of two", []testbed.Option{
+			testbed.Addrs("10.244.3.1", "fd10:3::1"),
+			testbed.Interface("net1", []string{"10.245.3.2", "fd11:3::2"}, []string{"10.96.0.0/13", "2001:db8:1::/48"}),
+		}},
 	} {
 		t.Run(pods.name, func(t *testing.T) {
 			x := newTwins(t, n, pods.opts...).withCast(t)
@@ -241,8 +243,17 @@ func TestPrivilegedFamilies(t *testing.T) {
 				dst    string
 				family int
 			}{
-				{"10.99.1.1:80", 4}, {"10.99.1.1:80", 6}, {"10.97.1.1:80", 4}, {redirected6, 6}, {"[fd97::5]:80", 6},
-				{"127.0.0.1:8080", 4}, {"127.0.0.1:8080", 6}, {"[::1]:8080", 6}, {"0.0.0.0:8080", 4}, {"[::]:8080", 6}, {"[::6]:8080", 6},
+				{"10.99.1.1:80", 4},
+				{"10.99.1.1:80", 6},
+				{"10.97.1.1:80", 4},
+				{redirected6, 6},
+				{"[fd97::5]:80", 6},
+				{"127.0.0.1:8080", 4},
+				{"127.0.0.1:8080", 6},
+				{"[::1]:8080", 6},
+				{"0.0.0.0:8080", 4},
+				{"[::]:8080", 6},
+				{"[::6]:8080", 6},
 			} {
 				for _, bind := range []string{"", "wildcard"} {
 					key := fmt.Sprint(c.dst, " ", c.family, bind)
