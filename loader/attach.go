@@ -94,9 +94,15 @@ func (d *Datapath) Attach(t Target, rules Rules) (err error) {
 	if err := d.writeRecord(r); err != nil {
 		return err
 	}
-	if err := t.Netns.addPassthrough(); err != nil {
+	added, err := t.Netns.addPassthrough()
+	if err != nil {
 		return err
 	}
+	defer func() {
+		if err != nil && added {
+			err = errors.Join(err, t.Netns.removePassthrough())
+		}
+	}()
 	if err := d.writeRules(r); err != nil {
 		return err
 	}

@@ -14,6 +14,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/cilium/ebpf"
 	"golang.org/x/sys/unix"
 
 	"shunt.dev/shunt/bpf"
@@ -218,6 +219,9 @@ func (d *Datapath) load() (err error) {
 	if err := os.Mkdir(filepath.Join(tmp, stampsDir), 0o700); err != nil {
 		return err
 	}
+	if err := os.Symlink(newEpoch(), filepath.Join(tmp, epochLink)); err != nil {
+		return err
+	}
 	loaded := d.in(tmp)
 	defer loaded.closeFDs()
 	for range stampsAtStart {
@@ -297,6 +301,11 @@ func (d *Datapath) loadObjects() (*bpf.ShuntObjects, error) {
 		}
 		if first == nil {
 			first = err
+		}
+		// Only a refusal by the verifier can be due to a missing helper.
+		var refused *ebpf.VerifierError
+		if !errors.As(err, &refused) && !errors.Is(err, ebpf.ErrNotSupported) {
+			return nil, first
 		}
 	}
 	return nil, first

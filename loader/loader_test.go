@@ -14,6 +14,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -343,6 +344,54 @@ func TestPrivilegedMapFull(t *testing.T) {
 	mustRemove(t, opts, p)
 }
 
+// What is done to the datapath's directory does not make records stale.
+func TestPrivilegedDirectoryTouched(t *testing.T) {
+	testbed.Privileged(t)
+	testbed.NoLeaks(t)
+	opts, p := node(t), testbed.NewPod(t)
+	mustAttach(t, opts, p, testRules(p))
+	dir := filepath.Join(opts.BPFDir, "datapath-"+bpf.Digest[:16])
+	now := time.Now()
+	if err := errors.Join(os.Chmod(dir, 0o755), os.Chmod(dir, 0o700), os.Chown(dir, 1, 1), os.Chown(dir, 0, 0), os.Chtimes(dir, now, now)); err != nil {
+		t.Fatal(err)
+	}
+	if err := Check(t.Context(), opts, podID(p)); err != nil {
+		t.Error(err)
+	}
+	mustRemove(t, opts, p)
+	nothingLeft(t, opts)
+}
+
+// A failed Attach takes ::6 off lo again, unless it was there before.
+func TestPrivilegedFailedAttachTakesPassthroughAway(t *testing.T) {
+	testbed.Privileged(t)
+	testbed.NoLeaks(t)
+	opts, p := node(t), testbed.NewPod(t)
+	opts.maxPrefixes = 1
+	onLo := func() bool {
+		ns, err := OpenNetns(p.NetnsPath())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer ns.Close()
+		return slices.Contains(ns.Addrs, passthrough6.Addr())
+	}
+	if err := attach(t.Context(), opts, p, testRules(p)); err == nil {
+		t.Fatal("attached in spite of a full map")
+	}
+	if onLo() {
+		t.Error("::6 is left on lo")
+	}
+	p.Command(t, "ip", "-6", "addr", "add", "::6/128", "dev", "lo", "nodad")
+	if err := attach(t.Context(), opts, p, testRules(p)); err == nil {
+		t.Fatal("attached in spite of a full map")
+	}
+	if !onLo() {
+		t.Error("somebody else's ::6 was taken off lo")
+	}
+	nothingLeft(t, opts)
+}
+
 // After a reboot the cookie may be another pod's.
 func TestPrivilegedRecordOfEarlierBoot(t *testing.T) {
 	testbed.Privileged(t)
@@ -356,7 +405,7 @@ func TestPrivilegedRecordOfEarlierBoot(t *testing.T) {
 	}
 	stale := *r
 	stale.ID = ID{"deadbeef", "eth0"}
-	stale.Epoch--
+	stale.Epoch = newEpoch()
 	if err := d.writeRecord(&stale); err != nil {
 		t.Fatal(err)
 	}
@@ -439,7 +488,7 @@ func TestPrivilegedNotABPFFS(t *testing.T) {
 // The record is written by hand and read by encoding/json.
 func TestRecordEncoding(t *testing.T) {
 	want := &Record{
-		ID: ID{"0123abcd", "eth0"}, Network: "a \"name\"\n", Build: "datapath-1", Epoch: 1<<62 + 1,
+		ID: ID{"0123abcd", "eth0"}, Network: "a \"name\"\n", Build: "datapath-1", Epoch: "epoch",
 		Pod:    PodRef{"ns", "pöd", "uid"},
 		Cookie: 1<<64 - 1, NetnsIno: 1<<32 - 1, Netns: "/var/run/netns/x", Cgroup: `/sys/fs/cgroup/a\b`, CgroupID: 1<<63 + 1,
 		Rules: Rules{

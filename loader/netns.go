@@ -246,9 +246,19 @@ func toPrefix(n *net.IPNet) (netip.Prefix, bool) {
 }
 
 // addPassthrough puts ::6 on lo, if the pod has IPv6 and it is not there yet.
-func (n *Netns) addPassthrough() error {
+func (n *Netns) addPassthrough() (added bool, err error) {
 	if !n.First(false).IsValid() || slices.Contains(n.Addrs, passthrough6.Addr()) {
-		return nil
+		return false, nil
 	}
-	return n.rt.addToLo(passthrough6)
+	if err := n.rt.onLo(unix.RTM_NEWADDR, passthrough6); err != nil {
+		return false, fmt.Errorf("put %v on lo: %w", passthrough6, err)
+	}
+	return true, nil
+}
+
+func (n *Netns) removePassthrough() error {
+	if err := n.rt.onLo(unix.RTM_DELADDR, passthrough6); err != nil {
+		return fmt.Errorf("take %v off lo: %w", passthrough6, err)
+	}
+	return nil
 }

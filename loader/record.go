@@ -3,6 +3,7 @@
 package loader
 
 import (
+	"crypto/rand"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -31,11 +32,11 @@ type Record struct {
 	ID
 	// Network is the CNI network's name.
 	Network string
-	// Build is the datapath's directory below BPFDir, and Epoch the time it
-	// came to be, in ns since 1970. After a reboot there is another, and the
-	// cookie may be another pod's: nothing of this attachment is left then.
+	// Build is the datapath's directory below BPFDir, and Epoch the name of
+	// that one load. After a reboot there is another, and the cookie may be
+	// another pod's: nothing of this attachment is left then.
 	Build string
-	Epoch int64
+	Epoch string
 	Pod   PodRef
 
 	Cookie   uint64
@@ -125,7 +126,7 @@ func (r *Record) encode() []byte {
 	str(`,"IfName":`, r.IfName)
 	str(`,"Network":`, r.Network)
 	str(`,"Build":`, r.Build)
-	num(`,"Epoch":`, uint64(r.Epoch))
+	str(`,"Epoch":`, r.Epoch)
 	str(`,"Pod":{"Namespace":`, r.Pod.Namespace)
 	str(`,"Name":`, r.Pod.Name)
 	str(`,"UID":`, r.Pod.UID)
@@ -274,16 +275,23 @@ func (d *Datapath) others(r *Record) (netns, cgroup bool, err error) {
 	return netns, cgroup, nil
 }
 
-// epoch is when a datapath's directory came to be, in ns since 1970: it names
-// that datapath until it is removed or the node reboots. 0 where there is none.
-func (d *Datapath) epoch(build string) (int64, error) {
-	var st unix.Stat_t
-	err := unix.Stat(filepath.Join(d.opts.BPFDir, build), &st)
+// epochLink is a symbolic link in a datapath's directory that leads nowhere: its
+// target is the datapath's epoch. It can be read by one call, and nothing that is
+// done to the directory (chmod, chown, a new security label) changes it.
+const epochLink = "epoch"
+
+// newEpoch names one load of a datapath.
+func newEpoch() string { return rand.Text() }
+
+// epoch names the datapath in a directory until it is removed or the node
+// reboots; empty where there is none.
+func (d *Datapath) epoch(build string) (string, error) {
+	id, err := os.Readlink(filepath.Join(d.opts.BPFDir, build, epochLink))
 	if errors.Is(err, fs.ErrNotExist) {
-		return 0, nil
+		return "", nil
 	}
 	if err != nil {
-		return 0, fmt.Errorf("stat the datapath: %w", err)
+		return "", fmt.Errorf("read the datapath's epoch: %w", err)
 	}
-	return st.Ctim.Nano(), nil
+	return id, nil
 }

@@ -115,22 +115,22 @@ func addrOf(m *syscall.NetlinkMessage) (a netip.Addr, ok bool) {
 	return a.Unmap(), ok
 }
 
-// addToLo puts an address on lo; it may be there already.
-func (r *rtnl) addToLo(p netip.Prefix) error {
+// onLo adds an IPv6 address to lo, or deletes it (RTM_NEWADDR, RTM_DELADDR).
+func (r *rtnl) onLo(typ uint16, p netip.Prefix) error {
 	ip := p.Addr().AsSlice()
 	body := make([]byte, unix.SizeofIfAddrmsg+2*(unix.SizeofRtAttr+len(ip)))
 	m := (*unix.IfAddrmsg)(unsafe.Pointer(unsafe.SliceData(body)))
 	*m = unix.IfAddrmsg{Family: unix.AF_INET6, Prefixlen: uint8(p.Bits()), Flags: unix.IFA_F_NODAD, Index: loIndex}
-	for i, typ := range []uint16{unix.IFA_LOCAL, unix.IFA_ADDRESS} {
+	for i, attr := range []uint16{unix.IFA_LOCAL, unix.IFA_ADDRESS} {
 		at := body[unix.SizeofIfAddrmsg+i*(unix.SizeofRtAttr+len(ip)):]
-		*(*unix.RtAttr)(unsafe.Pointer(unsafe.SliceData(at))) = unix.RtAttr{Len: uint16(unix.SizeofRtAttr + len(ip)), Type: typ}
+		*(*unix.RtAttr)(unsafe.Pointer(unsafe.SliceData(at))) = unix.RtAttr{Len: uint16(unix.SizeofRtAttr + len(ip)), Type: attr}
 		copy(at[unix.SizeofRtAttr:], ip)
 	}
-	err := r.request(unix.RTM_NEWADDR, unix.NLM_F_ACK|unix.NLM_F_CREATE|unix.NLM_F_EXCL, body, func(*syscall.NetlinkMessage) error { return nil })
-	if err != nil && !errors.Is(err, unix.EEXIST) {
-		return fmt.Errorf("put %v on lo: %w", p, err)
+	flags := uint16(unix.NLM_F_ACK)
+	if typ == unix.RTM_NEWADDR {
+		flags |= unix.NLM_F_CREATE | unix.NLM_F_EXCL
 	}
-	return nil
+	return r.request(typ, flags, body, func(*syscall.NetlinkMessage) error { return nil })
 }
 
 // loIndex is lo's, in every network namespace.
