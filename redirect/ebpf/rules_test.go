@@ -244,6 +244,9 @@ func TestPrivilegedRules(t *testing.T) {
 				if rc.who == "world" && form == "mapped" {
 					continue // there is no such packet
 				}
+				if form == "IPv6" && rc.dst6 == "" || form != "IPv6" && rc.dst4 == "" {
+					continue // the rule has no such flow
+				}
 				t.Run(fmt.Sprintf("%s/%v/%s to %s%s/%s", policy.name, rc.rule, rc.who, rc.dst4, rc.dst6, form), func(t *testing.T) {
 					rc.test(t, p, c, form)
 				})
@@ -262,9 +265,6 @@ func (rc ruleCase) test(t *testing.T, p *pod, c *cast, form string) {
 	dst, bind, from, own := rc.dst4, rc.bind4, rc.from4, p.Addr4()
 	if form == "IPv6" {
 		dst, bind, from, own = rc.dst6, rc.bind6, rc.from6, p.Addr6()
-	}
-	if dst == "" {
-		t.Skip("the rule has no such flow")
 	}
 	spec := testbed.ConnectSpec{Dst: ap(strings.ReplaceAll(dst, "POD", own.String())), Abort: true}
 	if bind != "" {
