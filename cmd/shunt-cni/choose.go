@@ -13,16 +13,24 @@ import (
 	"shunt.dev/shunt/redirect"
 )
 
+// The datapaths.
+const (
+	datapathEBPF     = "ebpf"
+	datapathIptables = "iptables"
+)
+
 // The annotations by which a pod chooses where the configuration says auto.
 const (
 	keyDatapath    = "shunt.dev/datapath"
 	keyInboundHook = "shunt.dev/inbound-hook"
 )
 
-// choose fails where the pod needs what the eBPF backend, the only one so far,
-// does not serve: with code 7 for an annotation that is not one of its values,
-// else with code 100 and every need.
-func choose(conf *netconf.Config, pod *redirect.Pod, policy *redirect.Policy) error {
+// choose says which datapath, ebpf or iptables, the pod gets: what the
+// configuration asks for, or else its annotation, or else eBPF, unless the pod
+// needs what that does not serve; reason says what. It fails with code 7 for an
+// annotation that is not one of its values, and with code 100 and every need
+// where eBPF is asked for and does not serve the pod.
+func choose(conf *netconf.Config, pod *redirect.Pod, policy *redirect.Policy) (datapath, reason string, err error) {
 	eff := *conf
 	var errs []error
 	for _, a := range []struct {
@@ -43,25 +51,30 @@ func choose(conf *netconf.Config, pod *redirect.Pod, policy *redirect.Policy) er
 		}
 	}
 	if err := errors.Join(errs...); err != nil {
-		return fail(types.ErrInvalidNetworkConfig, "read what pod %s/%s asks for: %v", pod.Namespace, pod.Name, err)
+		return "", "", fail(types.ErrInvalidNetworkConfig, "read what pod %s/%s asks for: %v", pod.Namespace, pod.Name, err)
+	}
+	if eff.Datapath == datapathIptables {
+		return datapathIptables, "it is asked for", nil
 	}
 	if err := served(&eff); err != nil {
-		return fail(codeProgram, "program pod %s/%s: %v", pod.Namespace, pod.Name, err)
+		return "", "", fail(codeProgram, "program pod %s/%s: %v", pod.Namespace, pod.Name, err)
 	}
-	if needs := unserved(policy); len(needs) > 0 {
-		return fail(codeProgram, "program pod %s/%s: the eBPF datapath does not serve it, and this build has no other: %s",
-			pod.Namespace, pod.Name, strings.Join(needs, "; "))
+	needs := strings.Join(unserved(policy), "; ")
+	switch {
+	case needs == "":
+		return datapathEBPF, "it serves all that the pod needs", nil
+	case eff.Datapath == datapathEBPF:
+		return "", "", fail(codeProgram, "program pod %s/%s: datapath ebpf is asked for and does not serve it: %s",
+			pod.Namespace, pod.Name, needs)
+	default:
+		return datapathIptables, "eBPF does not serve the pod: " + needs, nil
 	}
-	return nil
 }
 
 // served fails where the configuration itself, or what is left of it after a
 // pod's annotations, asks for what this build does not have.
 func served(conf *netconf.Config) error {
-	if conf.Datapath == "iptables" {
-		return errors.New("datapath iptables is asked for, which this build does not have: use ebpf, or auto")
-	}
-	if conf.InboundHook == "tc" {
+	if conf.InboundHook == "tc" && conf.Datapath != datapathIptables {
 		return errors.New("inboundHook tc is asked for, which this build does not have: use sk_lookup, or auto")
 	}
 	return nil

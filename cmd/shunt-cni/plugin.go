@@ -20,7 +20,6 @@ import (
 	"shunt.dev/shunt/internal/podfacts"
 	"shunt.dev/shunt/loader"
 	"shunt.dev/shunt/redirect"
-	"shunt.dev/shunt/redirect/ebpf"
 )
 
 // Shunt's own error codes; below 100 they are the specification's.
@@ -81,10 +80,6 @@ func newFacts(conf *netconf.Config, log *slog.Logger) factsSource {
 		Timeout: conf.PodFactsTimeout,
 		Log:     log,
 	}
-}
-
-func newBackend(conf *netconf.Config, log *slog.Logger) redirect.Backend {
-	return ebpf.New(loader.Options{BPFDir: conf.BPFDir, RunDir: conf.RunDir, Log: log})
 }
 
 func podCgroup(cgroupRoot, hint, podUID string) (string, error) {
@@ -189,14 +184,17 @@ func (p *plugin) add(args *skel.CmdArgs) error {
 	if policy == nil {
 		return p.print(result)
 	}
-	if err := choose(c.conf, pod, policy); err != nil {
+	datapath, reason, err := choose(c.conf, pod, policy)
+	if err != nil {
 		return err
 	}
+	c.conf.Datapath = datapath
+	c.log.Debug("datapath chosen", "datapath", datapath, "reason", reason)
 	if err := p.checkNetns(c.netns); err != nil {
 		return fail(types.ErrInvalidNetNS, "program pod %s: %v", c.pod, err)
 	}
 	target, err := p.target(c, pod)
-	if err != nil {
+	if err != nil && datapath == datapathEBPF { // iptables has no use for the cgroup
 		return fail(codeProgram, "program pod %s: %v", c.pod, err)
 	}
 	return p.program(ctx, c, target, policy, result)
@@ -219,7 +217,7 @@ func (p *plugin) program(ctx context.Context, c *call, t redirect.Target, policy
 	if err := backend.Apply(ctx, t, policy); err != nil {
 		return fail(codeProgram, "program pod %s: %v", c.pod, err)
 	}
-	c.log.Info("pod is redirected", "cgroup", t.Cgroup, "took", time.Since(start))
+	c.log.Info("pod is redirected", "datapath", c.conf.Datapath, "cgroup", t.Cgroup, "took", time.Since(start))
 	return p.print(result)
 }
 
@@ -346,7 +344,7 @@ func (p *plugin) status(args *skel.CmdArgs) error {
 	if err := served(conf); err != nil {
 		return fail(types.ErrPluginNotAvailable, "%v", err)
 	}
-	if _, err := p.cgroupRoot(conf.CgroupRoot); err != nil {
+	if _, err := p.cgroupRoot(conf.CgroupRoot); err != nil && conf.Datapath != datapathIptables {
 		return fail(types.ErrPluginNotAvailable, "%v", err)
 	}
 	if backend, ok := p.backend(conf, log).(readier); ok {

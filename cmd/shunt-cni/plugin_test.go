@@ -404,7 +404,7 @@ func TestAddErrors(t *testing.T) {
 		{"no facts", func(b *bed) { b.podErr = errors.New("nobody knows") }, 11, "nobody knows", false},
 		{"annotation", func(b *bed) { b.pod = meshed("traffic.sidecar.istio.io/excludeOutboundPorts", "80,,81") }, 7, "traffic.sidecar.istio.io/excludeOutboundPorts: value \"80,,81\"", false},
 		{"own annotation", func(b *bed) { b.pod = meshed("shunt.dev/datapath", "bpf") }, 7, `shunt.dev/datapath: value "bpf": expected ebpf or iptables`, false},
-		{"not served", func(b *bed) { b.pod = meshed("sidecar.istio.io/interceptionMode", "TPROXY") }, 100, "interception mode TPROXY", false},
+		{"not served", func(b *bed) { b.pod = meshed("sidecar.istio.io/interceptionMode", "TPROXY", keyDatapath, "ebpf") }, 100, "interception mode TPROXY", false},
 		{"host's netns", func(b *bed) { b.checkNetns = func(string) error { return errors.New("it is the host's") } }, 8, "program pod ns/p: it is the host's", false},
 		{"no cgroup", func(b *bed) {
 			b.podCgroup = func(string, string, string) (string, error) { return "", loader.ErrNoPodCgroup }
@@ -637,7 +637,9 @@ func TestStatus(t *testing.T) {
 	}{
 		{name: "no kubeconfig", logged: "pods of the mesh can't be set up now"},
 		{name: "configuration", conf: []string{`"x":1`}, code: 7, want: "no such key"},
-		{name: "iptables", conf: []string{`"datapath":"iptables"`}, code: 50, want: "datapath iptables is asked for"},
+		{name: "iptables needs no cgroup2", conf: []string{`"datapath":"iptables"`}, prepare: func(b *bed) {
+			b.cgroupRoot = func(string) (string, error) { return "", errors.New("cgroup2 is mounted nowhere") }
+		}, logged: "pods of the mesh can't be set up now"},
 		{name: "tc", conf: []string{`"inboundHook":"tc"`}, code: 50, want: "inboundHook tc is asked for"},
 		{name: "no cgroup2", prepare: func(b *bed) {
 			b.cgroupRoot = func(string) (string, error) { return "", errors.New("cgroup2 is mounted nowhere") }
@@ -672,26 +674,30 @@ func TestChoose(t *testing.T) {
 		pod      []string // annotations
 		policy   func(*redirect.Policy)
 		code     uint
-		want     []string
+		chosen   string   // where code is 0
+		want     []string // in the error, or else in the reason
 	}{
-		{name: "fine"},
-		{name: "ebpf and sk_lookup", datapath: "ebpf", hook: "sk_lookup"},
-		{name: "by annotation", pod: []string{keyDatapath, "ebpf", keyInboundHook, "sk_lookup"}},
-		{name: "INVALID is no matter", policy: func(p *redirect.Policy) { p.InvalidDrop = true }},
-		{name: "iptables", datapath: "iptables", code: 100, want: []string{"datapath iptables"}},
+		{name: "fine", chosen: "ebpf"},
+		{name: "ebpf and sk_lookup", datapath: "ebpf", hook: "sk_lookup", chosen: "ebpf"},
+		{name: "by annotation", pod: []string{keyDatapath, "ebpf", keyInboundHook, "sk_lookup"}, chosen: "ebpf"},
+		{name: "INVALID is no matter", policy: func(p *redirect.Policy) { p.InvalidDrop = true }, chosen: "ebpf"},
+		{name: "iptables", datapath: "iptables", chosen: "iptables", want: []string{"asked for"}},
 		{name: "tc", hook: "tc", code: 100, want: []string{"inboundHook tc"}},
-		{name: "iptables by annotation", pod: []string{keyDatapath, "iptables"}, code: 100, want: []string{"datapath iptables"}},
+		{name: "iptables by annotation", pod: []string{keyDatapath, "iptables"}, chosen: "iptables"},
+		{name: "iptables has no hook", datapath: "iptables", hook: "tc", chosen: "iptables"},
+		{name: "iptables by need", policy: func(p *redirect.Policy) { p.DNSCapture = true }, chosen: "iptables", want: []string{"eBPF does not serve the pod: DNS capture"}},
+		{name: "iptables by need, of a class", policy: func(p *redirect.Policy) { p.RuntimeClass = "kata" }, chosen: "iptables", want: []string{`runtimeClassName "kata"`}},
 		{name: "tc by annotation", pod: []string{keyInboundHook, "tc"}, code: 100, want: []string{"inboundHook tc"}},
 		// The annotation stands in for auto only.
-		{name: "configuration wins", datapath: "ebpf", hook: "sk_lookup", pod: []string{keyDatapath, "iptables", keyInboundHook, "tc"}},
+		{name: "configuration wins", datapath: "ebpf", hook: "sk_lookup", pod: []string{keyDatapath, "iptables", keyInboundHook, "tc"}, chosen: "ebpf"},
 		{name: "malformed", pod: []string{keyDatapath, "", keyInboundHook, "auto"}, code: 7, want: []string{keyDatapath + `: value "": expected ebpf or iptables`, keyInboundHook + `: value "auto": expected sk_lookup or tc`}},
-		{name: "every need", policy: func(p *redirect.Policy) {
+		{name: "every need", datapath: "ebpf", policy: func(p *redirect.Policy) {
 			*p = redirect.Policy{
 				Mode: redirect.ModeTProxy, DNSCapture: true, ExcludeInterfaces: []string{"e0", "e1"}, RerouteInterfaces: []string{"r0"},
 				RuntimeClass: "kata", SecondaryNetworks: true,
 			}
 		}, code: 100, want: []string{
-			"program pod ns/p: the eBPF datapath does not serve it", "TPROXY", "DNS capture", "excluded: e0, e1", "rerouted: r0",
+			"program pod ns/p: datapath ebpf is asked for and does not serve it", "TPROXY", "DNS capture", "excluded: e0, e1", "rerouted: r0",
 			"hostUsers: false", `runtimeClassName "kata"`, "further networks",
 		}},
 	} {
@@ -707,15 +713,21 @@ func TestChoose(t *testing.T) {
 			if tc.policy != nil {
 				tc.policy(&policy)
 			}
-			err := choose(conf, meshed(tc.pod...), &policy)
+			chosen, text, err := choose(conf, meshed(tc.pod...), &policy)
 			var e *types.Error
 			switch {
 			case tc.code == 0 && err != nil, tc.code != 0 && (!errors.As(err, &e) || e.Code != tc.code):
 				t.Errorf("got %v, want code %d", err, tc.code)
 			}
+			if chosen != tc.chosen {
+				t.Errorf("chosen: %q, want %q", chosen, tc.chosen)
+			}
+			if err != nil {
+				text = err.Error()
+			}
 			for _, want := range tc.want {
-				if err == nil || !strings.Contains(err.Error(), want) {
-					t.Errorf("got %v, want %q", err, want)
+				if !strings.Contains(text, want) {
+					t.Errorf("got %q, want %q", text, want)
 				}
 			}
 		})

@@ -1,0 +1,245 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package iptables
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"hash/fnv"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+
+	"shunt.dev/shunt/redirect"
+)
+
+// A record is what is known of one attachment: written before anything is
+// changed for it, removed after everything has been undone.
+type record struct {
+	redirect.Attachment
+	// Network is the CNI network's name.
+	Network string
+	Pod     redirect.PodRef
+
+	// The network namespace. Its inode may be another's after its end, its
+	// cookie can't; 0 where the kernel has none. Boot is the boot's id.
+	Netns  string
+	Inode  uint64
+	Cookie uint64
+	Boot   string
+
+	Mode   Mode
+	TProxy bool // the routing rule and its table were made
+	S6     bool // ::6 was put on lo
+	// Sysctls are those that were changed, with what they were before.
+	Sysctls map[string]string
+	// IPv4 and IPv6 are the rules as they were applied; empty for a family
+	// that the pod does not have.
+	IPv4, IPv6 string
+	// Done: Apply came to its end. Until then any part may be missing.
+	Done bool
+}
+
+func (r *record) families() (out []Family) {
+	for _, f := range []Family{IPv4, IPv6} {
+		if r.rules(f) != "" {
+			out = append(out, f)
+		}
+	}
+	return out
+}
+
+func (r *record) rules(f Family) string {
+	if f == IPv6 {
+		return r.IPv6
+	}
+	return r.IPv4
+}
+
+// of says whether a namespace is the record's.
+func (r *record) of(n *namespace) bool {
+	return r.Inode == n.inode && r.Cookie == n.cookie && r.Boot == bootID()
+}
+
+// bootID names this boot of the machine.
+func bootID() string {
+	b, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	if err != nil {
+		return "" // the same for all who ask
+	}
+	return strings.TrimSpace(string(b))
+}
+
+// dirName is the folder in RunDir that holds the records and their lock.
+const dirName = "iptables"
+
+func (b *Backend) dir() string { return filepath.Join(b.opts.RunDir, dirName) }
+
+func (b *Backend) recordPath(a redirect.Attachment) string {
+	return filepath.Join(b.dir(), a.ContainerID+"@"+a.IfName+".json")
+}
+
+// readRecord returns nil without error when there is none.
+func readRecord(path string) (*record, error) {
+	data, err := os.ReadFile(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("read the attachment's record: %w", err)
+	}
+	r := new(record)
+	if err := json.Unmarshal(data, r); err != nil {
+		return nil, fmt.Errorf("parse the attachment's record %s: %w", path, err)
+	}
+	return r, nil
+}
+
+func (b *Backend) writeRecord(r *record) error {
+	data, err := json.Marshal(r)
+	if err == nil {
+		path := b.recordPath(r.Attachment)
+		err = replace(path, data)
+	}
+	if err != nil {
+		return fmt.Errorf("write the attachment's record: %w", err)
+	}
+	return nil
+}
+
+// replace puts data in the place of a file, whole or not at all whenever this
+// process ends. Nothing is synced: it means nothing after the next boot.
+func replace(path string, data []byte) error {
+	f, err := os.CreateTemp(filepath.Dir(path), ".next-*")
+	if err != nil {
+		return err
+	}
+	_, err = f.Write(data)
+	if err = errors.Join(err, f.Close()); err == nil {
+		err = os.Rename(f.Name(), path)
+	}
+	if err != nil {
+		_ = os.Remove(f.Name())
+	}
+	return err
+}
+
+func (b *Backend) removeRecord(r *record) error {
+	if err := os.Remove(b.recordPath(r.Attachment)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("remove the attachment's record: %w", err)
+	}
+	return nil
+}
+
+// records lists all there are; those that can't be read are in the error.
+func (b *Backend) records() ([]*record, error) {
+	entries, err := os.ReadDir(b.dir())
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("list attachments: %w", err)
+	}
+	var (
+		out  []*record
+		errs []error
+	)
+	for _, e := range entries {
+		if !strings.HasSuffix(e.Name(), ".json") {
+			continue
+		}
+		r, err := readRecord(filepath.Join(b.dir(), e.Name()))
+		if err != nil {
+			errs = append(errs, err)
+		} else if r != nil {
+			out = append(out, r)
+		}
+	}
+	return out, errors.Join(errs...)
+}
+
+// shared says whether another attachment has the same namespace: the rules are
+// the namespace's, and stay until the last one goes.
+func (b *Backend) shared(r *record) (bool, error) {
+	paths, err := filepath.Glob(filepath.Join(b.dir(), r.ContainerID+"@*.json"))
+	if err != nil {
+		return false, err
+	}
+	for _, path := range paths {
+		if path == b.recordPath(r.Attachment) {
+			continue
+		}
+		other, err := readRecord(path)
+		if err != nil {
+			return false, err
+		}
+		if other != nil && other.Inode == r.Inode && other.Cookie == r.Cookie && other.Boot == r.Boot {
+			return true, nil
+		}
+	}
+	return false, nil
+}
+
+// lock keeps others from the attachments of a container. Other containers'
+// are not held up. The kernel releases it when the process has ended, however
+// it has, and the programs that it had started: they hold the lock too. It
+// waits until ctx is done.
+func (b *Backend) lock(ctx context.Context, a redirect.Attachment) (func(), error) {
+	if err := os.MkdirAll(b.dir(), 0o700); err != nil {
+		return nil, fmt.Errorf("make the folder of records: %w", err)
+	}
+	path := filepath.Join(b.dir(), "lock")
+	f, err := unix.Open(path, unix.O_CREAT|unix.O_RDWR|unix.O_CLOEXEC|unix.O_NOFOLLOW, 0o600)
+	if err != nil {
+		return nil, fmt.Errorf("open the lock: %w", &fs.PathError{Op: "open", Path: path, Err: err})
+	}
+	release := func() {
+		b.held = -1
+		unix.Close(f)
+	}
+	// One byte of the file for each container; that two may have the same
+	// does no harm.
+	h := fnv.New32a()
+	_, _ = io.WriteString(h, a.ContainerID)
+	set := func(cmd int) error {
+		for {
+			err := unix.FcntlFlock(uintptr(f), cmd, &unix.Flock_t{Type: unix.F_WRLCK, Whence: io.SeekStart, Start: int64(h.Sum32()), Len: 1})
+			if !errors.Is(err, syscall.EINTR) {
+				return err
+			}
+		}
+	}
+	err = set(unix.F_OFD_SETLK)
+	if err == nil {
+		b.held = f
+		return release, nil
+	}
+	if !errors.Is(err, unix.EAGAIN) && !errors.Is(err, unix.EACCES) {
+		release()
+		return nil, fmt.Errorf("lock %s: %w", path, err)
+	}
+	done := make(chan error, 1)
+	go func() { done <- set(unix.F_OFD_SETLKW) }()
+	select {
+	case err = <-done:
+		if err != nil {
+			release()
+			return nil, fmt.Errorf("lock %s: %w", path, err)
+		}
+		b.held = f
+		return release, nil
+	case <-ctx.Done():
+		go func() {
+			<-done //nolint:errcheck // nobody waits for it any more
+			unix.Close(f)
+		}()
+		return nil, fmt.Errorf("wait for %s, held by another shunt process: %w", path, context.Cause(ctx))
+	}
+}
