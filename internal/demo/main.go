@@ -18,6 +18,7 @@ import (
 	"errors"
 	"flag"
 	"fmt"
+	"io/fs"
 	"maps"
 	"net/netip"
 	"os"
@@ -35,7 +36,7 @@ import (
 )
 
 // paths are the ways to redirect, by the name that the option -path takes.
-var paths = []string{"ebpf"}
+var paths = []string{"ebpf", "iptables"}
 
 func main() {
 	plugin := flag.String("plugin", "bin/shunt-cni", "the plugin's `binary`")
@@ -199,12 +200,18 @@ func (d *demo) add() {
 	}
 	d.folded("stdout", string(bytes.TrimSpace(first.Stdout)))
 	d.expect(bytes.Equal(bytes.TrimSpace(first.Stdout), prev), "", "the previous plugin's result, unchanged")
-	want := []string{"connect4", "connect6", "getpeername4", "getpeername6", "getsockopt", "sk_lookup", "sockops"}
-	d.folded("hooks", strings.Join(want, " "))
-	d.expect(d.hooksAre(want), "", "eBPF programs are attached to this pod alone")
+	firstOfNode := "which loads the programs"
+	if d.path == "ebpf" {
+		want := []string{"connect4", "connect6", "getpeername4", "getpeername6", "getsockopt", "sk_lookup", "sockops"}
+		d.folded("hooks", strings.Join(want, " "))
+		d.expect(d.hooksAre(want), "", "eBPF programs are attached to this pod alone")
+	} else {
+		firstOfNode = "which looks for iptables"
+		d.expect(d.rules() > 0 && d.hooksAre(nil), "", "%d rules are in the pod's network namespace", d.rules())
+	}
 	d.say("time", "ADD as a process, from start to exit:")
 	d.say("", "%s, median of %d (fastest %s)", ms(took[len(took)/2]), len(took), ms(took[0]))
-	d.say("", "%s for the first of the node, which loads the programs", ms(first.Elapsed))
+	d.say("", "%s for the first of the node, %s", ms(first.Elapsed), firstOfNode)
 }
 
 // showEntry prints the plugin's entry in the runtime's conflist. What is
@@ -282,12 +289,21 @@ func (d *demo) proxyDown() {
 func (d *demo) del() {
 	r := d.cni.MustDel(d, d.pod)
 	d.expect(len(r.Stdout) == 0, "", "DEL took %s and printed nothing", ms(r.Elapsed))
-	d.expect(d.hooksAre(nil), "", "no program is attached to the pod")
+	d.expect(d.hooksAre(nil) && d.rules() == 0, "", "no program is attached to the pod, and no rule is left")
 	left := d.leftovers()
 	d.expect(len(left) == 0, "", "pins and records of the pod that are left: %d %s", len(left), strings.Join(left, " "))
 	d.outbound(service4, "direct")
 	late := d.cni.Del(d, d.pod, testbed.LateDel())
 	d.expect(late.OK(), "", "a late second DEL, without netns and prevResult, succeeds")
+}
+
+// rules counts our iptables rules in the pod, of both families.
+func (d *demo) rules() int {
+	n := 0
+	for _, save := range []string{"iptables-save", "ip6tables-save"} {
+		n += strings.Count(d.pod.Command(d, save), "-A SHUNT")
+	}
+	return n
 }
 
 // hooksAre says whether programs are attached at these hooks of the pod, and at
@@ -334,17 +350,19 @@ func (d *demo) hooks() []string {
 }
 
 // leftovers lists the files of attachments. What is the node's stays: the
-// loaded datapath, the lock and the kubeconfig.
+// loaded datapath, the lock, the kubeconfig, and which iptables was found.
 func (d *demo) leftovers() []string {
 	var left []string
 	for _, root := range []string{d.cni.BPFDir, d.cni.RunDir} {
 		err := filepath.WalkDir(root, func(path string, e os.DirEntry, err error) error {
 			switch {
+			case errors.Is(err, fs.ErrNotExist):
+				return nil // iptables has no pins
 			case err != nil:
 				return err
 			case e.IsDir() && strings.HasPrefix(e.Name(), "datapath-"):
 				return filepath.SkipDir
-			case e.IsDir() || path == d.cni.Kubeconfig || e.Name() == "lock":
+			case e.IsDir() || path == d.cni.Kubeconfig || e.Name() == "lock" || e.Name() == "iptables-backend":
 				return nil
 			}
 			left = append(left, path)
