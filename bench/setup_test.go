@@ -20,6 +20,7 @@ import (
 	"shunt.dev/shunt/loader"
 	"shunt.dev/shunt/redirect"
 	"shunt.dev/shunt/redirect/ebpf"
+	"shunt.dev/shunt/redirect/iptables"
 )
 
 func TestMain(m *testing.M) { testbed.Main(m) }
@@ -46,38 +47,6 @@ func policy(tb testing.TB, p *testbed.Pod) *redirect.Policy {
 		tb.Fatalf("evaluate: %+v, %v", outcome, err)
 	}
 	return pol
-}
-
-// rules is the iptables form of the bed's default policy, for one family.
-func rules(pol *redirect.Policy, v6 bool) string {
-	lo, six, local := "127.0.0.1/32", "127.0.0.6/32", pol.Proxy
-	if v6 {
-		lo, six = "::1/128", "::6/128"
-	}
-	var b strings.Builder
-	line := func(format string, args ...any) { fmt.Fprintf(&b, format+"\n", args...) }
-	line("*nat")
-	for _, c := range []string{"IN", "IN_REDIRECT", "OUT", "OUT_REDIRECT"} {
-		line(":SHUNT_%s - [0:0]", c)
-	}
-	line("-A SHUNT_OUT_REDIRECT -p tcp -j REDIRECT --to-ports %d", local.OutboundPort)
-	line("-A SHUNT_IN_REDIRECT -p tcp -j REDIRECT --to-ports %d", local.InboundPort)
-	line("-A SHUNT_IN -p tcp --dport %d -j RETURN", local.TunnelPort)
-	for _, r := range pol.IncludeInboundPorts.Ranges {
-		line("-A SHUNT_IN -p tcp --dport %d:%d -j SHUNT_IN_REDIRECT", r.First, r.Last)
-	}
-	line("-A SHUNT_OUT -o lo -s %s -j RETURN", six)
-	for _, owner := range []string{fmt.Sprintf("--uid-owner %d", local.UID), fmt.Sprintf("--gid-owner %d", local.GID)} {
-		line("-A SHUNT_OUT -o lo ! -d %s -p tcp ! --dport %d -m owner %s -j SHUNT_IN_REDIRECT", lo, local.TunnelPort, owner)
-		line("-A SHUNT_OUT -o lo -m owner ! %s -j RETURN", owner)
-		line("-A SHUNT_OUT -m owner %s -j RETURN", owner)
-	}
-	line("-A SHUNT_OUT -d %s -j RETURN", lo)
-	line("-A SHUNT_OUT -j SHUNT_OUT_REDIRECT")
-	line("-A PREROUTING -p tcp -j SHUNT_IN")
-	line("-A OUTPUT -p tcp -j SHUNT_OUT")
-	line("COMMIT")
-	return b.String()
 }
 
 // restore runs an iptables-restore program in the pod's namespace.
@@ -163,9 +132,9 @@ func BenchmarkKernelProgramming(b *testing.B) {
 
 		for _, x := range []struct {
 			program string
-			v6      bool
-		}{{"iptables-restore", false}, {"ip6tables-restore", true}} {
-			took, err := restore(p, x.program, rules(pol, x.v6))
+			family  iptables.Family
+		}{{"iptables-restore", iptables.IPv4}, {"ip6tables-restore", iptables.IPv6}} {
+			took, err := restore(p, x.program, iptables.Render(pol, x.family))
 			if err != nil {
 				b.Fatal(err)
 			}
