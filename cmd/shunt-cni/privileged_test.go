@@ -206,7 +206,7 @@ func (n *node) left(t testing.TB, pods ...*testbed.Pod) []string {
 			case d.IsDir() && dir == n.BPFDir && strings.HasPrefix(rel, "datapath-"):
 				return fs.SkipDir
 			case d.IsDir() && filepath.Dir(rel) == "." && !strings.HasPrefix(rel, "load-"): // the node's folders stay
-			case dir == n.RunDir && rel == "lock":
+			case dir == n.RunDir && (rel == "lock" || rel == "iptables/lock"): // and its locks
 			default:
 				left = append(left, path)
 			}
