@@ -40,7 +40,8 @@ func newBackend(conf *netconf.Config, log *slog.Logger) redirect.Backend {
 }
 
 // Apply programs the target by the chosen backend, and by it alone: an earlier
-// ADD may have taken the other.
+// ADD may have taken the other. In between the pod has neither, which is for ADD
+// only: no process of the pod runs yet.
 func (b *backends) Apply(ctx context.Context, t redirect.Target, p *redirect.Policy) error {
 	if err := b.other.Remove(ctx, t.Attachment); err != nil {
 		return err
