@@ -36,12 +36,18 @@ func udpSocket(t testing.TB, in func(func() error) error, uid, gid int, bind net
 		if err != nil {
 			return err
 		}
-		for _, o := range [][2]int{{unix.SOL_SOCKET, unix.SO_REUSEADDR}, {unix.SOL_IP, unix.IP_TRANSPARENT}} {
+		options := [][2]int{{unix.SOL_IP, unix.IP_TRANSPARENT}}
+		if bind.Port() != 0 {
+			// Only there: of sockets that all have it, the kernel gives two
+			// the same port by and by, and an answer goes to the wrong one.
+			options = append(options, [2]int{unix.SOL_SOCKET, unix.SO_REUSEADDR})
+		}
+		for _, o := range options {
 			if err := unix.SetsockoptInt(u.fd, o[0], o[1], 1); err != nil {
 				return err
 			}
 		}
-		if err := unix.SetsockoptTimeval(u.fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Usec: 700_000}); err != nil {
+		if err := unix.SetsockoptTimeval(u.fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Sec: 5}); err != nil {
 			return err
 		}
 		return unix.Bind(u.fd, sockaddr(bind))
@@ -88,7 +94,7 @@ func (u *udp) send(data string, to netip.AddrPort) {
 	}
 }
 
-// recv receives; "" is nothing in time.
+// recv receives what is to come.
 func (u *udp) recv() (string, netip.AddrPort) {
 	u.t.Helper()
 	buf := make([]byte, 512)
@@ -98,6 +104,7 @@ func (u *udp) recv() (string, netip.AddrPort) {
 			continue
 		}
 		if err != nil {
+			u.t.Errorf("receive: %v", err)
 			return "", netip.AddrPort{}
 		}
 		var from netip.AddrPort
