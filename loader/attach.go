@@ -58,7 +58,9 @@ type Target struct {
 }
 
 // Attach programs a pod by rules. Repeating it mends what is missing and
-// replaces what differs. On error nothing of the attachment is left.
+// replaces what differs. On error nothing of the attachment is left, except of
+// one that was made earlier: that has its earlier rules again, and its links.
+// ErrNotUndone is among the errors where that failed.
 func (d *Datapath) Attach(t Target, rules Rules) (err error) {
 	cgroup, cgroupID, err := openCgroup(t.Cgroup)
 	if err != nil {
@@ -88,7 +90,7 @@ func (d *Datapath) Attach(t Target, rules Rules) (err error) {
 	// From here on the record says what may have been done.
 	defer func() {
 		if err != nil {
-			err = errors.Join(err, d.undo(r))
+			err = d.takeBack(err, old, r)
 		}
 	}()
 	if err := d.writeRecord(r); err != nil {
@@ -100,7 +102,7 @@ func (d *Datapath) Attach(t Target, rules Rules) (err error) {
 	}
 	defer func() {
 		if err != nil && added {
-			err = errors.Join(err, t.Netns.removePassthrough())
+			err = notUndone(err, t.Netns.removePassthrough())
 		}
 	}()
 	if err := d.writeRules(r); err != nil {
@@ -115,6 +117,27 @@ func (d *Datapath) Attach(t Target, rules Rules) (err error) {
 		return err
 	}
 	return d.linkNetns(r, t.Netns.fd)
+}
+
+// takeBack undoes an attachment that failed by err, of which old, if any, was
+// there before: a pod that runs must not lose its redirection by an attempt to
+// change it.
+func (d *Datapath) takeBack(err error, old, r *Record) error {
+	if old == nil {
+		return notUndone(err, d.undo(r))
+	}
+	return notUndone(err, errors.Join(
+		d.writeRecord(old),
+		d.writeRules(old),
+		d.removeRules(old.Cookie, stale(&r.Rules, &old.Rules)),
+	))
+}
+
+func notUndone(err, undo error) error {
+	if undo == nil {
+		return err
+	}
+	return fmt.Errorf("%w; %w: %w", err, ErrNotUndone, undo)
 }
 
 // openCgroup opens a cgroup's directory. A cgroup's id is its inode number.
@@ -202,7 +225,7 @@ func (d *Datapath) writeRules(r *Record) error {
 // full says which entry did not fit: a policy is never cut short.
 func full(what string, err error) error {
 	if errors.Is(err, unix.E2BIG) || errors.Is(err, unix.ENOSPC) {
-		return fmt.Errorf("write %s: the map is full with the entries of this node's pods: %w", what, err)
+		return fmt.Errorf("write %s: %w: %w", what, ErrFull, err)
 	}
 	return fmt.Errorf("write %s: %w", what, err)
 }
@@ -593,9 +616,6 @@ func (d *Datapath) removeInflight(cookie uint64) error {
 	}
 	return errors.Join(append(errs, err)...)
 }
-
-// ErrNotAttached says that an attachment has no record.
-var ErrNotAttached = errors.New("not attached")
 
 // Check compares what is in the kernel with what Attach made. It fails with
 // ErrNotAttached without a record, else with one error a difference.

@@ -17,10 +17,6 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// ErrNoPodCgroup says that a pod's cgroup was not found: programs can't be
-// attached to it.
-var ErrNoPodCgroup = errors.New("no cgroup of the pod")
-
 // A cgroupFinder finds cgroup2 directories. Its fields are what a test on a
 // tree of plain directories replaces.
 type cgroupFinder struct {
@@ -54,10 +50,10 @@ func (f *cgroupFinder) mount(root string) (string, error) {
 	if root != "" {
 		is, err := f.isCgroup2(root)
 		if err != nil {
-			return "", fmt.Errorf("find cgroup2 mount: cgroupRoot: %w", err)
+			return "", fmt.Errorf("find cgroup2 mount: %w: cgroupRoot: %w", ErrNoCgroup2, err)
 		}
 		if !is {
-			return "", fmt.Errorf("find cgroup2 mount: cgroupRoot: %s is not on a cgroup2 file system", root)
+			return "", fmt.Errorf("find cgroup2 mount: %w: cgroupRoot: %s is not on a cgroup2 file system", ErrNoCgroup2, root)
 		}
 		return filepath.Clean(root), nil
 	}
@@ -81,8 +77,8 @@ func (f *cgroupFinder) mount(root string) (string, error) {
 			return dir, nil
 		}
 	}
-	return "", fmt.Errorf("find cgroup2 mount: cgroup2 is mounted neither at %s nor anywhere in %s: mount it, or name the place by cgroupRoot",
-		strings.Join(f.candidates, " or "), f.mountinfo)
+	return "", fmt.Errorf("find cgroup2 mount: %w: it is mounted neither at %s nor anywhere in %s: mount it, or name the place by cgroupRoot",
+		ErrNoCgroup2, strings.Join(f.candidates, " or "), f.mountinfo)
 }
 
 // cgroup2Mounts returns the mount points of cgroup2 in a mount table (see

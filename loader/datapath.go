@@ -34,10 +34,6 @@ type Options struct {
 	maxPrefixes uint32 // of the prefix maps, for tests of full ones
 }
 
-// ErrOtherBuild says that pods use a datapath that another build of Shunt has
-// loaded, so that this build can't load its own.
-var ErrOtherBuild = errors.New("the datapath is of another build of shunt, and pods use it")
-
 // lockTimeout bounds the wait for other shunt processes on the node. A pod
 // takes about a millisecond.
 const lockTimeout = 20 * time.Second
@@ -74,6 +70,9 @@ func Open(ctx context.Context, opts Options) (_ *Datapath, err error) {
 	if _, err := os.Stat(d.dir); err == nil {
 		return d, nil
 	}
+	if err := d.refusedBefore(); err != nil {
+		return nil, fmt.Errorf("load the datapath: %w", err)
+	}
 	if err := d.makeBPFDir(); err != nil {
 		return nil, err
 	}
@@ -81,6 +80,7 @@ func Open(ctx context.Context, opts Options) (_ *Datapath, err error) {
 		return nil, err
 	}
 	if err := d.load(); err != nil {
+		d.noteRefusal(err)
 		return nil, fmt.Errorf("load the datapath: %w", err)
 	}
 	return d, nil
@@ -128,24 +128,24 @@ func (d *Datapath) makeBPFDir() error {
 		if _, err := os.Stat(parent); err == nil {
 			break
 		} else if !errors.Is(err, fs.ErrNotExist) {
-			return fmt.Errorf("bpfDir: %w", err)
+			return fmt.Errorf("%w: bpfDir: %w", ErrNoBPFFS, err)
 		}
 		parent = filepath.Dir(parent)
 	}
 	var st unix.Statfs_t
 	if err := unix.Statfs(parent, &st); err != nil {
-		return fmt.Errorf("bpfDir: statfs %s: %w", parent, err)
+		return fmt.Errorf("%w: bpfDir: statfs %s: %w", ErrNoBPFFS, parent, err)
 	}
 	if st.Type != unix.BPF_FS_MAGIC {
 		if !strings.HasPrefix(d.opts.BPFDir+"/", bpffsRoot+"/") {
-			return fmt.Errorf("bpfDir: %s is not in a bpffs: mount one (mount -t bpf bpf %s)", d.opts.BPFDir, filepath.Dir(d.opts.BPFDir))
+			return fmt.Errorf("%w: bpfDir: %s is not in one: mount one (mount -t bpf bpf %s)", ErrNoBPFFS, d.opts.BPFDir, filepath.Dir(d.opts.BPFDir))
 		}
 		if err := unix.Mount("bpf", bpffsRoot, "bpf", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, "mode=0700"); err != nil {
-			return fmt.Errorf("bpfDir: no bpffs is mounted at %s, and mounting one fails: %w", bpffsRoot, err)
+			return fmt.Errorf("%w: bpfDir: none is mounted at %s, and mounting one fails: %w", ErrNoBPFFS, bpffsRoot, err)
 		}
 	}
 	if err := os.MkdirAll(d.opts.BPFDir, 0o700); err != nil {
-		return fmt.Errorf("bpfDir: %w", err)
+		return fmt.Errorf("%w: bpfDir: %w", ErrNoBPFFS, err)
 	}
 	return nil
 }
@@ -297,7 +297,7 @@ func (d *Datapath) loadObjects() (*bpf.ShuntObjects, error) {
 			return objs, nil
 		}
 		if errors.Is(err, unix.EPERM) {
-			return nil, fmt.Errorf("%w (CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON, or CAP_SYS_ADMIN, are needed)", err)
+			return nil, classify(err)
 		}
 		if first == nil {
 			first = err
@@ -305,8 +305,8 @@ func (d *Datapath) loadObjects() (*bpf.ShuntObjects, error) {
 		// Only a refusal by the verifier can be due to a missing helper.
 		var refused *ebpf.VerifierError
 		if !errors.As(err, &refused) && !errors.Is(err, ebpf.ErrNotSupported) {
-			return nil, first
+			break
 		}
 	}
-	return nil, first
+	return nil, classify(first)
 }

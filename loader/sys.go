@@ -215,7 +215,7 @@ func createLink(prog, target fd, attach ebpf.AttachType) (fd, error) {
 	attr := linkCreateAttr{progFD: uint32(prog), targetFD: uint32(target), attachType: uint32(attach)}
 	f, err := syscallBPF(unix.BPF_LINK_CREATE, unsafe.Pointer(&attr), unsafe.Sizeof(attr))
 	if err != nil {
-		return -1, fmt.Errorf("attach %v: %w", attach, err)
+		return -1, fmt.Errorf("%w %v: %w", ErrAttach, attach, err)
 	}
 	return fd(f), nil
 }

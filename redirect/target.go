@@ -20,9 +20,10 @@ type Target struct {
 	Network string // the CNI network's name
 	Netns   string // path of the pod's network namespace
 	// Cgroup is the absolute path of the pod's cgroup2 directory; empty when
-	// it could not be found.
-	Cgroup string
-	Pod    PodRef
+	// it could not be found, for which NoCgroup is the error.
+	Cgroup   string
+	NoCgroup error
+	Pod      PodRef
 	// Addrs are the pod's addresses as prevResult gave them. Empty (a
 	// standalone configuration): the backend takes them from the netns.
 	Addrs []netip.Addr

@@ -20,6 +20,8 @@ import (
 	"shunt.dev/shunt/internal/podfacts"
 	"shunt.dev/shunt/loader"
 	"shunt.dev/shunt/redirect"
+	"shunt.dev/shunt/redirect/backends"
+	"shunt.dev/shunt/redirect/iptables"
 )
 
 // Shunt's own error codes; below 100 they are the specification's.
@@ -36,16 +38,18 @@ type factsSource interface {
 	Pod(ctx context.Context, namespace, name, uid string) (*redirect.Pod, error)
 }
 
-// A lister is a backend that knows what it has programmed. GC needs it.
-type lister interface {
-	// Attachments lists what it has programmed for a CNI network.
+// programmer is what makes a pod redirected: the node's backends.
+type programmer interface {
+	// Apply programs the target as chosen, and says what came of the choice.
+	Apply(ctx context.Context, t redirect.Target, p *redirect.Policy, c redirect.Choice) (redirect.Choice, error)
+	// Check and Remove are those of a redirect.Backend.
+	Check(ctx context.Context, t redirect.Target) error
+	Remove(ctx context.Context, a redirect.Attachment) error
+	// Attachments lists what is programmed for a CNI network.
 	Attachments(ctx context.Context, network string) ([]redirect.Attachment, error)
-}
-
-// A readier is a backend that can say, before a pod comes, that it could not
-// program it. STATUS asks it.
-type readier interface {
-	Ready(ctx context.Context) error
+	// Ready fails where no pod could be programmed by a datapath, or by
+	// redirect.Auto; notEBPF says why pods would go by iptables.
+	Ready(ctx context.Context, datapath string) (notEBPF *redirect.Reason, err error)
 }
 
 // A plugin is the body of the CNI commands, with seams where it meets the
@@ -54,7 +58,7 @@ type plugin struct {
 	stdout, stderr io.Writer
 
 	facts      func(*netconf.Config, *slog.Logger) factsSource
-	backend    func(*netconf.Config, *slog.Logger) redirect.Backend
+	backends   func(*netconf.Config, *slog.Logger) programmer
 	checkNetns func(path string) error // refuses what must not be programmed
 	podCgroup  func(cgroupRoot, hint, podUID string) (string, error)
 	cgroupRoot func(configured string) (string, error)
@@ -65,7 +69,7 @@ func newPlugin() *plugin {
 		stdout:     os.Stdout,
 		stderr:     os.Stderr,
 		facts:      newFacts,
-		backend:    newBackend,
+		backends:   newBackends,
 		checkNetns: checkNetns,
 		podCgroup:  podCgroup,
 		cgroupRoot: loader.FindCgroup2Mount,
@@ -80,6 +84,13 @@ func newFacts(conf *netconf.Config, log *slog.Logger) factsSource {
 		Timeout: conf.PodFactsTimeout,
 		Log:     log,
 	}
+}
+
+func newBackends(conf *netconf.Config, log *slog.Logger) programmer {
+	return backends.New(backends.Options{
+		BPFDir: conf.BPFDir, RunDir: conf.RunDir, Log: log,
+		Iptables: iptables.Mode(conf.IptablesBackend), IptablesPath: os.Getenv("PATH"),
+	})
 }
 
 func podCgroup(cgroupRoot, hint, podUID string) (string, error) {
@@ -184,45 +195,45 @@ func (p *plugin) add(args *skel.CmdArgs) error {
 	if policy == nil {
 		return p.print(result)
 	}
-	datapath, reason, err := choose(c.conf, pod, policy)
+	choice, err := redirect.Choose(c.conf.Datapath, c.conf.InboundHook, pod, policy)
 	if err != nil {
-		return err
+		code := codeProgram
+		var input *redirect.InputError
+		if errors.As(err, &input) {
+			code = types.ErrInvalidNetworkConfig
+		}
+		return fail(code, "choose a datapath for pod %s: %v", c.pod, err)
 	}
-	c.conf.Datapath = datapath
-	c.log.Debug("datapath chosen", "datapath", datapath, "reason", reason)
 	if err := p.checkNetns(c.netns); err != nil {
 		return fail(types.ErrInvalidNetNS, "program pod %s: %v", c.pod, err)
 	}
-	target, err := p.target(c, pod)
-	if err != nil && datapath == datapathEBPF { // iptables has no use for the cgroup
-		return fail(codeProgram, "program pod %s: %v", c.pod, err)
-	}
-	return p.program(ctx, c, target, policy, result)
+	return p.program(ctx, c, p.target(c, pod), policy, choice, result)
 }
 
 // program applies the policy and prints the result. It does both or neither.
-func (p *plugin) program(ctx context.Context, c *call, t redirect.Target, policy *redirect.Policy, result []byte) (err error) {
-	backend := p.backend(c.conf, c.log)
+func (p *plugin) program(ctx context.Context, c *call, t redirect.Target, policy *redirect.Policy, choice redirect.Choice, result []byte) (err error) {
+	node := p.backends(c.conf, c.log)
 	defer func() {
 		if err == nil {
 			return
 		}
 		// Apply has undone its own; this is for a result that could not be
 		// printed, and for what a backend may have missed.
-		if undo := backend.Remove(ctx, c.Attachment); undo != nil {
+		if undo := node.Remove(ctx, c.Attachment); undo != nil {
 			err = fail(codeProgram, "%v; undo it: %v", err, undo)
 		}
 	}()
 	start := time.Now()
-	if err := backend.Apply(ctx, t, policy); err != nil {
+	if choice, err = node.Apply(ctx, t, policy, choice); err != nil {
 		return fail(codeProgram, "program pod %s: %v", c.pod, err)
 	}
-	c.log.Info("pod is redirected", "datapath", c.conf.Datapath, "cgroup", t.Cgroup, "took", time.Since(start))
+	c.log.Info("pod is redirected", "datapath", choice.Datapath, "reason", choice.Reasons[0].Name, "why", choice.Reasons.String(),
+		"cgroup", t.Cgroup, "took", time.Since(start))
 	return p.print(result)
 }
 
 // target says what is to be programmed.
-func (p *plugin) target(c *call, pod *redirect.Pod) (redirect.Target, error) {
+func (p *plugin) target(c *call, pod *redirect.Pod) redirect.Target {
 	t := redirect.Target{
 		Attachment: c.Attachment,
 		Network:    c.conf.Name,
@@ -239,9 +250,8 @@ func (p *plugin) target(c *call, pod *redirect.Pod) (redirect.Target, error) {
 			uid = pod.UID
 		}
 	}
-	var err error
-	t.Cgroup, err = p.podCgroup(c.conf.CgroupRoot, c.conf.CgroupPath, uid)
-	return t, err
+	t.Cgroup, t.NoCgroup = p.podCgroup(c.conf.CgroupRoot, c.conf.CgroupPath, uid)
+	return t
 }
 
 // del removes what add made. It prints nothing.
@@ -252,7 +262,7 @@ func (p *plugin) del(args *skel.CmdArgs) error {
 	}
 	log := newLog(p.stderr, conf.LogLevel).With("command", "DEL", "container", args.ContainerID, "interface", args.IfName)
 	a := redirect.Attachment{ContainerID: args.ContainerID, IfName: args.IfName}
-	if err := p.backend(conf, log).Remove(context.Background(), a); err != nil {
+	if err := p.backends(conf, log).Remove(context.Background(), a); err != nil {
 		return fail(codeProgram, "remove what was programmed for container %s: %v", a.ContainerID, err)
 	}
 	log.Debug("nothing is programmed for the attachment any more")
@@ -271,11 +281,7 @@ func (p *plugin) check(args *skel.CmdArgs) error {
 	if c.early() {
 		return nil
 	}
-	target, err := p.target(c, nil)
-	if err != nil { // the backend knows which cgroup it has attached to
-		c.log.Debug("pod cgroup not found", "error", err)
-	}
-	err = p.backend(c.conf, c.log).Check(ctx, target)
+	err = p.backends(c.conf, c.log).Check(ctx, p.target(c, nil))
 	if err == nil {
 		return nil
 	}
@@ -305,12 +311,8 @@ func (p *plugin) gc(args *skel.CmdArgs) error {
 		return err
 	}
 	log := newLog(p.stderr, conf.LogLevel).With("command", "GC")
-	backend := p.backend(conf, log)
-	list, ok := backend.(lister)
-	if !ok {
-		return fail(codeProgram, "collect garbage: the backend can't list what it has programmed")
-	}
-	present, err := list.Attachments(ctx, conf.Name)
+	node := p.backends(conf, log)
+	present, err := node.Attachments(ctx, conf.Name)
 	if err != nil {
 		return fail(codeProgram, "collect garbage: list what is programmed: %v", err)
 	}
@@ -319,7 +321,7 @@ func (p *plugin) gc(args *skel.CmdArgs) error {
 		if slices.Contains(valid, a) {
 			continue
 		}
-		if err := backend.Remove(ctx, a); err != nil {
+		if err := node.Remove(ctx, a); err != nil {
 			errs = append(errs, fmt.Errorf("remove what was programmed for container %s: %w", a.ContainerID, err))
 			continue
 		}
@@ -341,16 +343,23 @@ func (p *plugin) status(args *skel.CmdArgs) error {
 		return err
 	}
 	log := newLog(p.stderr, conf.LogLevel).With("command", "STATUS")
-	if err := served(conf); err != nil {
-		return fail(types.ErrPluginNotAvailable, "%v", err)
+	if conf.InboundHook == string(redirect.HookTC) && conf.Datapath != string(redirect.Iptables) {
+		return fail(types.ErrPluginNotAvailable, "inboundHook: %v", redirect.ErrNoTC)
 	}
-	if _, err := p.cgroupRoot(conf.CgroupRoot); err != nil && conf.Datapath != datapathIptables {
-		return fail(types.ErrPluginNotAvailable, "%v", err)
-	}
-	if backend, ok := p.backend(conf, log).(readier); ok {
-		if err := backend.Ready(context.Background()); err != nil {
+	datapath := conf.Datapath
+	if _, err := p.cgroupRoot(conf.CgroupRoot); err != nil {
+		if datapath == string(redirect.EBPF) {
 			return fail(types.ErrPluginNotAvailable, "%v", err)
 		}
+		log.Warn("pods are redirected by iptables", "reason", redirect.ReasonNoCgroup2, "error", err)
+		datapath = string(redirect.Iptables)
+	}
+	notEBPF, err := p.backends(conf, log).Ready(context.Background(), datapath)
+	if err != nil {
+		return fail(types.ErrPluginNotAvailable, "%v", err)
+	}
+	if notEBPF != nil {
+		log.Warn("pods are redirected by iptables", "reason", notEBPF.Name, "error", notEBPF.Text)
 	}
 	warnOfKubeconfig(conf.Kubeconfig, log)
 	return nil

@@ -65,7 +65,7 @@ func newBed(t *testing.T) *bed {
 				return b.pod, b.podErr
 			})
 		},
-		backend: func(*netconf.Config, *slog.Logger) redirect.Backend { return &b.backend },
+		backends: func(*netconf.Config, *slog.Logger) programmer { return &b.backend },
 		checkNetns: func(path string) error {
 			if path != "/run/netns/pod" {
 				t.Errorf("netns %s was checked", path)
@@ -121,24 +121,27 @@ type fakeBackend struct {
 	t        *testing.T
 	applied  map[redirect.Attachment]redirect.Target
 	policies []*redirect.Policy
+	choices  []redirect.Choice
+	notEBPF  *redirect.Reason
 	removed  []redirect.Attachment
 	applyErr, checkErr, removeErr,
 	listErr, readyErr error
 }
 
-func (f *fakeBackend) Apply(_ context.Context, t redirect.Target, p *redirect.Policy) error {
+func (f *fakeBackend) Apply(_ context.Context, t redirect.Target, p *redirect.Policy, c redirect.Choice) (redirect.Choice, error) {
 	switch {
-	case t.ContainerID == "" || t.IfName == "" || t.Netns == "" || t.Cgroup == "" || p == nil:
-		f.t.Errorf("apply %+v, policy %+v", t, p)
+	case t.ContainerID == "" || t.IfName == "" || t.Netns == "" || (t.Cgroup == "") == (t.NoCgroup == nil) || p == nil || len(c.Reasons) == 0:
+		f.t.Errorf("apply %+v, policy %+v, choice %+v", t, p, c)
 	case f.has(t.Attachment):
 		f.t.Errorf("apply to %v twice", t.Attachment)
 	}
 	if f.applyErr != nil {
-		return f.applyErr
+		return c, f.applyErr
 	}
 	f.applied[t.Attachment] = t
 	f.policies = append(f.policies, p)
-	return nil
+	f.choices = append(f.choices, c)
+	return c, nil
 }
 
 func (f *fakeBackend) has(a redirect.Attachment) bool { _, ok := f.applied[a]; return ok }
@@ -173,7 +176,9 @@ func (f *fakeBackend) Attachments(context.Context, string) ([]redirect.Attachmen
 	return out, f.listErr
 }
 
-func (f *fakeBackend) Ready(context.Context) error { return f.readyErr }
+func (f *fakeBackend) Ready(context.Context, string) (*redirect.Reason, error) {
+	return f.notEBPF, f.readyErr
+}
 
 // meshed returns a pod that is to be redirected.
 func meshed(annotations ...string) *redirect.Pod {
@@ -290,6 +295,44 @@ func TestAddTarget(t *testing.T) {
 	}
 }
 
+// TestAddWithoutCgroup: whether that matters is for the backends to say.
+func TestAddWithoutCgroup(t *testing.T) {
+	b := newBed(t)
+	b.pod = meshed()
+	b.podCgroup = func(string, string, string) (string, error) { return "", loader.ErrNoPodCgroup }
+	if err := b.add(&b.args); err != nil {
+		t.Fatal(err)
+	}
+	for _, target := range b.backend.applied {
+		if target.Cgroup != "" || !errors.Is(target.NoCgroup, loader.ErrNoPodCgroup) {
+			t.Errorf("target: %+v", target)
+		}
+	}
+}
+
+// TestAddChoice: what the configuration and the pod ask for reaches the backends.
+func TestAddChoice(t *testing.T) {
+	for _, tc := range []struct {
+		conf string
+		pod  *redirect.Pod
+		want redirect.Choice
+	}{
+		{`"datapath":"auto"`, meshed(), redirect.Choice{Datapath: redirect.EBPF, Hook: redirect.HookSkLookup, Fallback: true}},
+		{`"datapath":"ebpf"`, meshed(), redirect.Choice{Datapath: redirect.EBPF, Hook: redirect.HookSkLookup}},
+		{`"inboundHook":"sk_lookup"`, meshed(redirect.KeyDatapath, "iptables"), redirect.Choice{Datapath: redirect.Iptables}},
+	} {
+		b := newBed(t)
+		b.pod = tc.pod
+		b.args.StdinData = []byte(b.conf("1.1.0", prevOf("1.1.0"), tc.conf))
+		if err := b.add(&b.args); err != nil {
+			t.Fatal(err)
+		}
+		if diff := cmp.Diff([]redirect.Choice{tc.want}, b.backend.choices, cmpopts.IgnoreFields(redirect.Choice{}, "Reasons")); diff != "" {
+			t.Errorf("%s: %s", tc.conf, diff)
+		}
+	}
+}
+
 // TestAddWithoutUID: the UID is taken from the facts; a static pod's cgroup is
 // named after its hash.
 func TestAddWithoutUID(t *testing.T) {
@@ -324,7 +367,7 @@ func TestAddWithoutUID(t *testing.T) {
 // untouchable makes every seam fail the test.
 func (b *bed) untouchable() {
 	b.backend = fakeBackend{}
-	b.plugin.backend = func(*netconf.Config, *slog.Logger) redirect.Backend {
+	b.plugin.backends = func(*netconf.Config, *slog.Logger) programmer {
 		b.t.Error("the backend was touched")
 		return &b.backend
 	}
@@ -404,11 +447,10 @@ func TestAddErrors(t *testing.T) {
 		{"no facts", func(b *bed) { b.podErr = errors.New("nobody knows") }, 11, "nobody knows", false},
 		{"annotation", func(b *bed) { b.pod = meshed("traffic.sidecar.istio.io/excludeOutboundPorts", "80,,81") }, 7, "traffic.sidecar.istio.io/excludeOutboundPorts: value \"80,,81\"", false},
 		{"own annotation", func(b *bed) { b.pod = meshed("shunt.dev/datapath", "bpf") }, 7, `shunt.dev/datapath: value "bpf": expected ebpf or iptables`, false},
-		{"not served", func(b *bed) { b.pod = meshed("sidecar.istio.io/interceptionMode", "TPROXY", keyDatapath, "ebpf") }, 100, "interception mode TPROXY", false},
+		{"not served", func(b *bed) {
+			b.pod = meshed("sidecar.istio.io/interceptionMode", "TPROXY", redirect.KeyDatapath, "ebpf")
+		}, 100, "interception mode TPROXY", false},
 		{"host's netns", func(b *bed) { b.checkNetns = func(string) error { return errors.New("it is the host's") } }, 8, "program pod ns/p: it is the host's", false},
-		{"no cgroup", func(b *bed) {
-			b.podCgroup = func(string, string, string) (string, error) { return "", loader.ErrNoPodCgroup }
-		}, 100, "program pod ns/p: no cgroup of the pod", false},
 		{"backend", func(b *bed) { b.backend.applyErr = errors.New("EPERM") }, 100, "program pod ns/p: EPERM", true},
 		{"backend, undo", func(b *bed) {
 			b.backend.applyErr, b.backend.removeErr = errors.New("EPERM"), errors.New("EBUSY")
@@ -595,9 +637,6 @@ func TestGC(t *testing.T) {
 		{name: "told nonsense", conf: `"cni.dev/valid-attachments":[1]`, left: []redirect.Attachment{keep, stale, otherIf}, code: 7, want: "valid-attachments[0]: 1 is not an object"},
 		{name: "can't remove", conf: valid, prepare: func(b *bed) { b.backend.removeErr = errors.New("EBUSY") }, left: []redirect.Attachment{keep, stale, otherIf}, code: 100, want: "for container c2: EBUSY"},
 		{name: "can't list", conf: valid, prepare: func(b *bed) { b.backend.listErr = errors.New("EIO") }, left: []redirect.Attachment{keep, stale, otherIf}, code: 100, want: "list what is programmed: EIO"},
-		{name: "no list", conf: valid, prepare: func(b *bed) {
-			b.plugin.backend = func(*netconf.Config, *slog.Logger) redirect.Backend { return struct{ redirect.Backend }{} }
-		}, left: []redirect.Attachment{keep, stale, otherIf}, code: 100, want: "can't list"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			b := newBed(t)
@@ -640,10 +679,16 @@ func TestStatus(t *testing.T) {
 		{name: "iptables needs no cgroup2", conf: []string{`"datapath":"iptables"`}, prepare: func(b *bed) {
 			b.cgroupRoot = func(string) (string, error) { return "", errors.New("cgroup2 is mounted nowhere") }
 		}, logged: "pods of the mesh can't be set up now"},
-		{name: "tc", conf: []string{`"inboundHook":"tc"`}, code: 50, want: "inboundHook tc is asked for"},
+		{name: "tc", conf: []string{`"inboundHook":"tc"`}, code: 50, want: "inboundHook: inbound hook tc is asked for"},
 		{name: "no cgroup2", prepare: func(b *bed) {
 			b.cgroupRoot = func(string) (string, error) { return "", errors.New("cgroup2 is mounted nowhere") }
+		}, logged: "msg=\"pods are redirected by iptables\" command=STATUS reason=no-cgroup2 error=\"cgroup2 is mounted nowhere"},
+		{name: "no cgroup2 for ebpf", conf: []string{`"datapath":"ebpf"`}, prepare: func(b *bed) {
+			b.cgroupRoot = func(string) (string, error) { return "", errors.New("cgroup2 is mounted nowhere") }
 		}, code: 50, want: "cgroup2 is mounted nowhere"},
+		{name: "iptables alone", prepare: func(b *bed) {
+			b.backend.notEBPF = &redirect.Reason{Name: redirect.ReasonLoadRefused, Text: "too old"}
+		}, logged: "command=STATUS reason=load-refused error=\"too old"},
 		{name: "backend", prepare: func(b *bed) { b.backend.readyErr = errors.New("no BPF") }, code: 50, want: "no BPF"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
@@ -660,75 +705,6 @@ func TestStatus(t *testing.T) {
 			}
 			if !strings.Contains(b.logged.String(), tc.logged) {
 				t.Errorf("logged %s, want %s", &b.logged, tc.logged)
-			}
-		})
-	}
-}
-
-func TestChoose(t *testing.T) {
-	fine := redirect.Policy{Mode: redirect.ModeRedirect, HostUsers: true}
-	for _, tc := range []struct {
-		name     string
-		datapath string
-		hook     string
-		pod      []string // annotations
-		policy   func(*redirect.Policy)
-		code     uint
-		chosen   string   // where code is 0
-		want     []string // in the error, or else in the reason
-	}{
-		{name: "fine", chosen: "ebpf"},
-		{name: "ebpf and sk_lookup", datapath: "ebpf", hook: "sk_lookup", chosen: "ebpf"},
-		{name: "by annotation", pod: []string{keyDatapath, "ebpf", keyInboundHook, "sk_lookup"}, chosen: "ebpf"},
-		{name: "INVALID is no matter", policy: func(p *redirect.Policy) { p.InvalidDrop = true }, chosen: "ebpf"},
-		{name: "iptables", datapath: "iptables", chosen: "iptables", want: []string{"asked for"}},
-		{name: "tc", hook: "tc", code: 100, want: []string{"inboundHook tc"}},
-		{name: "iptables by annotation", pod: []string{keyDatapath, "iptables"}, chosen: "iptables"},
-		{name: "iptables has no hook", datapath: "iptables", hook: "tc", chosen: "iptables"},
-		{name: "iptables by need", policy: func(p *redirect.Policy) { p.DNSCapture = true }, chosen: "iptables", want: []string{"eBPF does not serve the pod: DNS capture"}},
-		{name: "iptables by need, of a class", policy: func(p *redirect.Policy) { p.RuntimeClass = "kata" }, chosen: "iptables", want: []string{`runtimeClassName "kata"`}},
-		{name: "tc by annotation", pod: []string{keyInboundHook, "tc"}, code: 100, want: []string{"inboundHook tc"}},
-		// The annotation stands in for auto only.
-		{name: "configuration wins", datapath: "ebpf", hook: "sk_lookup", pod: []string{keyDatapath, "iptables", keyInboundHook, "tc"}, chosen: "ebpf"},
-		{name: "malformed", pod: []string{keyDatapath, "", keyInboundHook, "auto"}, code: 7, want: []string{keyDatapath + `: value "": expected ebpf or iptables`, keyInboundHook + `: value "auto": expected sk_lookup or tc`}},
-		{name: "every need", datapath: "ebpf", policy: func(p *redirect.Policy) {
-			*p = redirect.Policy{
-				Mode: redirect.ModeTProxy, DNSCapture: true, ExcludeInterfaces: []string{"e0", "e1"}, RerouteInterfaces: []string{"r0"},
-				RuntimeClass: "kata", SecondaryNetworks: true,
-			}
-		}, code: 100, want: []string{
-			"program pod ns/p: datapath ebpf is asked for and does not serve it", "TPROXY", "DNS capture", "excluded: e0, e1", "rerouted: r0",
-			"hostUsers: false", `runtimeClassName "kata"`, "further networks",
-		}},
-	} {
-		t.Run(tc.name, func(t *testing.T) {
-			conf := netconf.Default()
-			if tc.datapath != "" {
-				conf.Datapath = tc.datapath
-			}
-			if tc.hook != "" {
-				conf.InboundHook = tc.hook
-			}
-			policy := fine
-			if tc.policy != nil {
-				tc.policy(&policy)
-			}
-			chosen, text, err := choose(conf, meshed(tc.pod...), &policy)
-			var e *types.Error
-			switch {
-			case tc.code == 0 && err != nil, tc.code != 0 && (!errors.As(err, &e) || e.Code != tc.code):
-				t.Errorf("got %v, want code %d", err, tc.code)
-			}
-			if chosen != tc.chosen {
-				t.Errorf("chosen: %q, want %q", chosen, tc.chosen)
-			}
-			if err != nil {
-				text = err.Error()
-			}
-			for _, want := range tc.want {
-				if !strings.Contains(text, want) {
-					t.Errorf("got %q, want %q", text, want)
-				}
 			}
 		})
 	}

@@ -40,6 +40,7 @@ const (
 	holder     = "hold mounts"                 // in the place of a program
 	wrapNoCaps = "SHUNT_CNI_TEST_WITHOUT_CAPS" // numbers of capabilities to do without
 	wrapMounts = "SHUNT_CNI_TEST_MOUNTS_OF"    // a mount namespace to enter
+	wrapNoBPF  = "SHUNT_CNI_TEST_WITHOUT_BPF"  // an errno, and the commands of bpf(2) that give it
 	allSteps   = "SHUNT_CNI_TEST_ALL_STEPS"    // not empty: no sampling
 	seedEnv    = "SHUNT_CNI_TEST_SEED"         // of the samples; random else
 	quietRace  = "GORACE=atexit_sleep_ms=0"    // the race detector's plugin would rest for a second
@@ -90,6 +91,11 @@ func becomeWrapped(plugin string) error {
 		}
 		if err := unix.Setns(fd, unix.CLONE_NEWNS); err != nil {
 			return fmt.Errorf("enter mount namespace: %w", err)
+		}
+	}
+	if refused := strings.Fields(os.Getenv(wrapNoBPF)); len(refused) > 0 {
+		if err := refuseBPF(refused); err != nil {
+			return fmt.Errorf("refuse bpf(2): %w", err)
 		}
 	}
 	return syscall.Exec(plugin, []string{plugin}, os.Environ())
@@ -184,6 +190,10 @@ func glob(t testing.TB, pattern string) []string {
 	return paths
 }
 
+// nodeFiles are the node's own in its run directory: locks, and what was found
+// out about it.
+var nodeFiles = []string{"lock", "refused", "iptables/lock", "iptables-backend"}
+
 // left lists what is left on the node of any pod, and of the given ones in
 // their cgroup and network namespace.
 func (n *node) left(t testing.TB, pods ...*testbed.Pod) []string {
@@ -206,7 +216,7 @@ func (n *node) left(t testing.TB, pods ...*testbed.Pod) []string {
 			case d.IsDir() && dir == n.BPFDir && strings.HasPrefix(rel, "datapath-"):
 				return fs.SkipDir
 			case d.IsDir() && filepath.Dir(rel) == "." && !strings.HasPrefix(rel, "load-"): // the node's folders stay
-			case dir == n.RunDir && (rel == "lock" || rel == "iptables/lock"): // and its locks
+			case dir == n.RunDir && slices.Contains(nodeFiles, rel): // and its files
 			default:
 				left = append(left, path)
 			}
@@ -654,7 +664,7 @@ func TestPrivilegedBadAdd(t *testing.T) {
 			"bpfDir not on a bpffs", func(t *testing.T, n *node, _ *testbed.Pod) []testbed.Override {
 				n.BPFDir = filepath.Join(t.TempDir(), "some", "where")
 				return nil
-			}, codeProgram, []string{"bpfDir", "/some/where is not in a bpffs", "mount -t bpf"},
+			}, codeProgram, []string{"bpfDir", "/some/where is not in one", "no bpffs", "mount -t bpf"},
 		},
 		{
 			"pods use another build", func(t *testing.T, n *node, _ *testbed.Pod) []testbed.Override {
@@ -678,7 +688,7 @@ func TestPrivilegedBadAdd(t *testing.T) {
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			n := newNode(t, w)
-			n.Config = map[string]any{"podFactsTimeout": factsLimit}
+			n.Config = map[string]any{"podFactsTimeout": factsLimit, "datapath": "ebpf"} // nobody takes over
 			p := n.pod(t)
 			// A pod that is there already must not notice.
 			other := n.pod(t)
@@ -1094,7 +1104,11 @@ func TestPrivilegedFailedAnywhere(t *testing.T) {
 			if c := n.Check(t, p); !c.OK() {
 				t.Errorf("%s: ADD succeeded, but CHECK says %s", at, c)
 			}
-			expectHooks(t, p)
+			if n.Config["datapath"] == "ebpf" || !ruled(t, p) {
+				expectHooks(t, p)
+			} else {
+				count("iptables", true)
+			}
 			if fault.Step%8 == 0 {
 				n.expectRedirected(t, p)
 			}
@@ -1118,7 +1132,7 @@ func TestPrivilegedFailedAnywhere(t *testing.T) {
 	}
 
 	n := newNode(t, w)
-	n.Config = map[string]any{"podFactsTimeout": "5s"}
+	n.Config = map[string]any{"podFactsTimeout": "5s", "datapath": "ebpf"}
 	first := n.pod(t)
 	n.MustAdd(t, first)
 	n.MustDel(t, first)
@@ -1133,6 +1147,15 @@ func TestPrivilegedFailedAnywhere(t *testing.T) {
 			t.Logf("%d steps", tried)
 		})
 	}
+	t.Run("ADD, iptables may take over", func(t *testing.T) {
+		auto := newNode(t, w)
+		auto.Config = map[string]any{"podFactsTimeout": "5s"}
+		first := auto.pod(t)
+		auto.MustAdd(t, first)
+		auto.MustDel(t, first)
+		tried, _ := sweep(t, nil, func(t *testing.T, step int) testbed.StepsResult { return failedAdd(t, auto, fail(step)) })
+		t.Logf("%d steps", tried)
+	})
 	t.Run("DEL", func(t *testing.T) {
 		tried, _ := sweep(t, nil, func(t *testing.T, step int) testbed.StepsResult {
 			p := n.pod(t)

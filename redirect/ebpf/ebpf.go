@@ -5,12 +5,15 @@
 package ebpf
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"log/slog"
 	"net/netip"
 	"slices"
+
+	"golang.org/x/sys/unix"
 
 	"shunt.dev/shunt/bpf"
 	"shunt.dev/shunt/loader"
@@ -35,7 +38,7 @@ func New(opts loader.Options) *Backend {
 // Apply loads the node's datapath, unless it is loaded, and attaches the pod.
 func (b *Backend) Apply(ctx context.Context, t redirect.Target, p *redirect.Policy) error {
 	if t.Cgroup == "" {
-		return loader.ErrNoPodCgroup
+		return cmp.Or(t.NoCgroup, loader.ErrNoPodCgroup)
 	}
 	ns, err := loader.OpenNetns(t.Netns)
 	if err != nil {
@@ -88,6 +91,31 @@ func (b *Backend) Ready(ctx context.Context) error {
 	}
 	d.Close()
 	return nil
+}
+
+// Reason says why an Apply that failed by err leaves the pod to another backend.
+func Reason(err error) redirect.Reason {
+	r := redirect.Reason{Name: redirect.ReasonFailed, Text: "eBPF has failed: " + err.Error()}
+	for _, known := range []struct {
+		is   error
+		name redirect.ReasonName
+	}{
+		{loader.ErrNoCgroup2, redirect.ReasonNoCgroup2},
+		{loader.ErrNoPodCgroup, redirect.ReasonNoPodCgroup},
+		{loader.ErrNoBPFFS, redirect.ReasonNoBPFFS},
+		{loader.ErrPermission, redirect.ReasonNoPermission},
+		{loader.ErrRefused, redirect.ReasonLoadRefused},
+		{loader.ErrOtherBuild, redirect.ReasonOtherBuild},
+		{loader.ErrFull, redirect.ReasonMapFull},
+		{loader.ErrAttach, redirect.ReasonAttachRefused},
+		{unix.EPERM, redirect.ReasonNoPermission},
+	} {
+		if errors.Is(err, known.is) {
+			r.Name = known.name
+			break
+		}
+	}
+	return r
 }
 
 func id(a redirect.Attachment) loader.ID {

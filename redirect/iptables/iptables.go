@@ -20,6 +20,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"shunt.dev/shunt/loader"
 	"shunt.dev/shunt/redirect"
 )
 
@@ -113,7 +114,7 @@ func (b *Backend) Apply(ctx context.Context, t redirect.Target, p *redirect.Poli
 
 	r := &record{
 		Attachment: t.Attachment, Network: t.Network, Pod: t.Pod,
-		Netns: t.Netns, Inode: n.inode, Cookie: n.cookie, Boot: bootID(),
+		Netns: t.Netns, Inode: n.inode, Cookie: n.cookie, Boot: loader.BootID(),
 		Mode: programs.Mode, TProxy: p.Mode == redirect.ModeTProxy,
 		S6: n.ipv6 && n.has6,
 	}
@@ -287,6 +288,16 @@ func (b *Backend) unprogram(ctx context.Context, n *namespace, r *record) error 
 
 // Remove undoes Apply. Where the namespace is gone, the rules went with it.
 func (b *Backend) Remove(ctx context.Context, a redirect.Attachment) error {
+	return b.remove(ctx, a, false)
+}
+
+// Yield is Remove for a pod that another backend redirects by now: what they
+// share stays, which is ::6 on lo.
+func (b *Backend) Yield(ctx context.Context, a redirect.Attachment) error {
+	return b.remove(ctx, a, true)
+}
+
+func (b *Backend) remove(ctx context.Context, a redirect.Attachment, yield bool) error {
 	if r, err := readRecord(b.recordPath(a)); r == nil && err == nil {
 		return nil // and make no lock for it
 	}
@@ -315,7 +326,9 @@ func (b *Backend) Remove(ctx context.Context, a redirect.Attachment) error {
 		return err
 	}
 	if !others {
-		if err := b.unprogram(ctx, n, r); err != nil {
+		gone := *r
+		gone.S6 = gone.S6 && !yield
+		if err := b.unprogram(ctx, n, &gone); err != nil {
 			return err
 		}
 	}

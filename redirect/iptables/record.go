@@ -17,6 +17,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"shunt.dev/shunt/loader"
 	"shunt.dev/shunt/redirect"
 )
 
@@ -65,16 +66,7 @@ func (r *record) rules(f Family) string {
 
 // of says whether a namespace is the record's.
 func (r *record) of(n *namespace) bool {
-	return r.Inode == n.inode && r.Cookie == n.cookie && r.Boot == bootID()
-}
-
-// bootID names this boot of the machine.
-func bootID() string {
-	b, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
-	if err != nil {
-		return "" // the same for all who ask
-	}
-	return strings.TrimSpace(string(b))
+	return r.Inode == n.inode && r.Cookie == n.cookie && r.Boot == loader.BootID()
 }
 
 // dirName is the folder in RunDir that holds the records and their lock.

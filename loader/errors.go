@@ -1,0 +1,50 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package loader
+
+import (
+	"errors"
+	"fmt"
+
+	"github.com/cilium/ebpf"
+	"golang.org/x/sys/unix"
+)
+
+// What a caller may want to tell apart, besides what the kernel said.
+var (
+	// ErrNoCgroup2 says that no cgroup2 file system is mounted.
+	ErrNoCgroup2 = errors.New("no cgroup2")
+	// ErrNoPodCgroup says that a pod's cgroup was not found: programs can't be
+	// attached to it.
+	ErrNoPodCgroup = errors.New("no cgroup of the pod")
+	// ErrNoBPFFS says that there is no place for pins.
+	ErrNoBPFFS = errors.New("no bpffs")
+	// ErrPermission says that the kernel does not let this process use BPF.
+	ErrPermission = errors.New("no permission")
+	// ErrRefused says that the kernel lacks what the datapath needs. It is
+	// conclusive: another attempt would end alike.
+	ErrRefused = errors.New("the kernel refuses the datapath")
+	// ErrAttach says that a program could not be attached to a pod.
+	ErrAttach = errors.New("attach")
+	// ErrFull says that a map is full: a policy is never cut short.
+	ErrFull = errors.New("the map is full with the entries of this node's pods")
+	// ErrOtherBuild says that pods use a datapath that another build of Shunt
+	// has loaded, so that this build can't load its own.
+	ErrOtherBuild = errors.New("the datapath is of another build of shunt, and pods use it")
+	// ErrNotUndone says that something of a failed attachment may be left.
+	ErrNotUndone = errors.New("not undone")
+	// ErrNotAttached says that an attachment has no record.
+	ErrNotAttached = errors.New("not attached")
+)
+
+// classify says what it means that the kernel did not load the datapath.
+func classify(err error) error {
+	switch {
+	case errors.Is(err, unix.EPERM):
+		return fmt.Errorf("%w: %w (CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON, or CAP_SYS_ADMIN, are needed)", ErrPermission, err)
+	case errors.Is(err, ebpf.ErrNotSupported), errors.Is(err, unix.EINVAL), errors.Is(err, unix.EACCES),
+		errors.Is(err, unix.E2BIG), errors.Is(err, unix.ENOSYS), errors.Is(err, unix.EOPNOTSUPP):
+		return fmt.Errorf("%w: %w", ErrRefused, err)
+	}
+	return err
+}
