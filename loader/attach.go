@@ -105,6 +105,11 @@ func (d *Datapath) Attach(t Target, rules Rules) (err error) {
 			err = notUndone(err, t.Netns.removePassthrough())
 		}
 	}()
+	if old != nil {
+		if err := d.widen(old, r); err != nil {
+			return err
+		}
+	}
 	if err := d.writeRules(r); err != nil {
 		return err
 	}
@@ -217,6 +222,28 @@ func (d *Datapath) writeRules(r *Record) error {
 	}
 	pod := r.Rules.pod()
 	if err := update(pods, &r.Cookie, &pod, updateAny); err != nil {
+		return full("pod", err)
+	}
+	return nil
+}
+
+// widen has a pod's programs take what either of two sets of rules takes as a
+// whole, while its lists change from the one to the other: what both redirect
+// must not be let past in between.
+func (d *Datapath) widen(old, now *Record) error {
+	const whole = bpf.ShuntPodFlagPOD_OUT_ALL | bpf.ShuntPodFlagPOD_OUT_ALL_PORTS | bpf.ShuntPodFlagPOD_OUT_PORTS |
+		bpf.ShuntPodFlagPOD_IN_ALL | bpf.ShuntPodFlagPOD_IN_PORTS
+	if old.Rules.Flags&whole == now.Rules.Flags&whole {
+		return nil
+	}
+	wide := old.Rules
+	wide.Flags |= now.Rules.Flags & whole
+	pods, err := d.object(bpf.ShuntMapPods)
+	if err != nil {
+		return err
+	}
+	pod := wide.pod()
+	if err := update(pods, &old.Cookie, &pod, updateAny); err != nil {
 		return full("pod", err)
 	}
 	return nil

@@ -23,6 +23,7 @@ import (
 	cebpf "github.com/cilium/ebpf"
 	ebpflink "github.com/cilium/ebpf/link"
 	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
 	"golang.org/x/sys/unix"
 
 	"shunt.dev/shunt/bpf"
@@ -342,6 +343,41 @@ func TestPrivilegedMapFull(t *testing.T) {
 	nothingLeft(t, opts)
 	mustAttach(t, opts, p, testRules(p))
 	mustRemove(t, opts, p)
+}
+
+// A change that fails leaves an attachment as it was: its pod runs.
+func TestPrivilegedFailedChangeKeepsWhatWas(t *testing.T) {
+	testbed.Privileged(t)
+	testbed.NoLeaks(t)
+	opts, p := node(t), testbed.NewPod(t)
+	opts.maxPrefixes = 8
+	rules := testRules(p)
+	mustAttach(t, opts, p, rules)
+	changed := testRules(p)
+	changed.UID, changed.Flags = 4321, changed.Flags^bpf.ShuntPodFlagPOD_OUT_ALL
+	for i := range 20 {
+		changed.Dests = append(changed.Dests, Dest{Prefix: netip.PrefixFrom(netip.AddrFrom4([4]byte{172, 16, byte(i), 0}), 24)})
+	}
+	for range 2 {
+		err := attach(t.Context(), opts, p, changed)
+		if !errors.Is(err, ErrFull) || errors.Is(err, ErrNotUndone) {
+			t.Errorf("attach: %v, want a full map", err)
+		}
+		if err := Check(t.Context(), opts, podID(p)); err != nil {
+			t.Error(err)
+		}
+		records, err := Records(opts)
+		if err != nil || len(records) != 1 {
+			t.Fatalf("records: %v, %v", records, err)
+		}
+		if diff := cmp.Diff(rules, records[0].Rules, cmpopts.EquateComparable(netip.Addr{}, netip.Prefix{})); diff != "" {
+			t.Error(diff)
+		}
+	}
+	// None of the prefixes that did fit has stayed: there is room.
+	mustAttach(t, opts, p, rules)
+	mustRemove(t, opts, p)
+	nothingLeft(t, opts)
 }
 
 // What is done to the datapath's directory does not make records stale.

@@ -418,7 +418,6 @@ func (p *prober) mptcpListener(ctx context.Context) (why string, err error) {
 				asm.Mov.Reg(asm.R8, asm.R0),
 			}, result.store(), asm.Instructions{
 				asm.Mov.Imm(asm.R0, 1).WithSymbol("pass"),
-				asm.Mov.Imm(asm.R0, 1),
 				asm.Return(),
 			}),
 		})
