@@ -259,6 +259,15 @@ struct stamp {
 	__u32 remote_word;
 };
 
+// What shunt_adopt is given: the head of a packet that is none.
+struct adoption {
+	__u8 ethernet[16];
+	__u64 cookie; // the pod's
+	__u64 listener; // the socket's cookie
+	__u32 place; // where user space has put it in the listeners map
+	__u32 pad;
+};
+
 // Named so that Go gets their numbers: bpf2go sees only what is used.
 const enum pod_flag *unused_pod_flag __attribute__((unused));
 const enum dest_flag *unused_dest_flag __attribute__((unused));
@@ -267,6 +276,7 @@ const enum direction *unused_direction __attribute__((unused));
 const enum rule *unused_rule __attribute__((unused));
 const enum place *unused_place __attribute__((unused));
 const enum listener_kind *unused_listener_kind __attribute__((unused));
+const struct adoption *unused_adoption __attribute__((unused));
 
 // -------------------------------------------------------------------- maps
 
@@ -1012,6 +1022,26 @@ __noinline int on_unlisten(struct bpf_sock_ops *ctx, __u64 cookie)
 	return choose_all(cookie);
 }
 
+// A listener that was open before there was a hook to see it open is put into
+// the listeners map by user space, which then has this run once, by
+// BPF_PROG_TEST_RUN. It is attached to nothing.
+SEC("tc")
+int shunt_adopt(struct __sk_buff *skb)
+{
+	struct adoption *a = (void *)(long)skb->data;
+	struct pod_state *c;
+	__u64 cookie;
+
+	if ((void *)(a + 1) > (void *)(long)skb->data_end)
+		return -1;
+	cookie = a->cookie;
+	c = bpf_map_lookup_elem(&states, &cookie);
+	if (!c || a->place >= LISTENER_KINDS * SLOTS)
+		return -1;
+	c->listeners[a->place] = a->listener;
+	return choose_all(cookie);
+}
+
 static __always_inline void on_connect(struct bpf_sock_ops *ctx, __u64 cookie, const struct pod *pod)
 {
 	__u16 port = bpf_ntohl(ctx->remote_port);
@@ -1195,6 +1225,19 @@ static __always_inline int answer(struct bpf_sockopt *ctx, const struct addr *a,
 	return ALLOW;
 }
 
+// translated reports whether netfilter has brought the connection to this port
+// from another one: then connection tracking has given the answer. While a pod
+// goes from iptables to us or back, both are in force; and what iptables has
+// redirected lives on.
+static __always_inline bool translated(struct bpf_sockopt *ctx, struct bpf_sock *sk)
+{
+	struct sockaddr_in *sin = ctx->optval; // as in struct sockaddr_in6, as far as the port
+
+	if (ctx->retval || (void *)(sin + 1) > ctx->optval_end)
+		return false;
+	return sin->sin_port != bpf_htons(sk->src_port);
+}
+
 SEC("cgroup/getsockopt")
 int shunt_getsockopt(struct bpf_sockopt *ctx)
 {
@@ -1221,7 +1264,11 @@ int shunt_getsockopt(struct bpf_sockopt *ctx)
 		return ALLOW;
 
 	st = bpf_sk_storage_get(&sockets, sk, 0, 0);
-	if (st && (st->flags & (SOCKET_REDIRECTED | SOCKET_ACCEPTED)))
+	if (st && (st->flags & SOCKET_REDIRECTED))
+		return answer(ctx, &st->dst, st->port);
+	if (translated(ctx, sk))
+		return ALLOW;
+	if (st && (st->flags & SOCKET_ACCEPTED))
 		return answer(ctx, &st->dst, st->port);
 	if ((st && (st->flags & SOCKET_LOST)) || is_proxy_port(pod, sk->src_port))
 		return deny(cookie, PLACE_GETSOCKOPT_LOST, -ENOENT);

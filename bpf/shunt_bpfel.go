@@ -13,6 +13,15 @@ import (
 	"github.com/cilium/ebpf"
 )
 
+type ShuntAdoption struct {
+	_        structs.HostLayout
+	Ethernet [16]uint8
+	Cookie   uint64
+	Listener uint64
+	Place    uint32
+	Pad      uint32
+}
+
 type ShuntDest struct {
 	_      structs.HostLayout
 	Flags  uint32
@@ -242,6 +251,7 @@ const (
 	ShuntMapSockets            = "sockets"
 	ShuntMapStamps             = "stamps"
 	ShuntMapStates             = "states"
+	ShuntProgShuntAdopt        = "shunt_adopt"
 	ShuntProgShuntConnect4     = "shunt_connect4"
 	ShuntProgShuntConnect6     = "shunt_connect6"
 	ShuntProgShuntGetpeername4 = "shunt_getpeername4"
@@ -253,6 +263,7 @@ const (
 	ShuntVarHaveMptcp          = "have_mptcp"
 	ShuntVarHaveSetRetval      = "have_set_retval"
 	ShuntVarInflightLimit      = "inflight_limit"
+	ShuntVarUnusedAdoption     = "unused_adoption"
 	ShuntVarUnusedDestFlag     = "unused_dest_flag"
 	ShuntVarUnusedDirection    = "unused_direction"
 	ShuntVarUnusedListenerKind = "unused_listener_kind"
@@ -304,6 +315,7 @@ type ShuntSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type ShuntProgramSpecs struct {
+	ShuntAdopt        *ebpf.ProgramSpec `ebpf:"shunt_adopt"`
 	ShuntConnect4     *ebpf.ProgramSpec `ebpf:"shunt_connect4"`
 	ShuntConnect6     *ebpf.ProgramSpec `ebpf:"shunt_connect6"`
 	ShuntGetpeername4 *ebpf.ProgramSpec `ebpf:"shunt_getpeername4"`
@@ -337,6 +349,7 @@ type ShuntVariableSpecs struct {
 	HaveMptcp          *ebpf.VariableSpec `ebpf:"have_mptcp"`
 	HaveSetRetval      *ebpf.VariableSpec `ebpf:"have_set_retval"`
 	InflightLimit      *ebpf.VariableSpec `ebpf:"inflight_limit"`
+	UnusedAdoption     *ebpf.VariableSpec `ebpf:"unused_adoption"`
 	UnusedDestFlag     *ebpf.VariableSpec `ebpf:"unused_dest_flag"`
 	UnusedDirection    *ebpf.VariableSpec `ebpf:"unused_direction"`
 	UnusedListenerKind *ebpf.VariableSpec `ebpf:"unused_listener_kind"`
@@ -400,6 +413,7 @@ type ShuntVariables struct {
 	HaveMptcp          *ebpf.Variable `ebpf:"have_mptcp"`
 	HaveSetRetval      *ebpf.Variable `ebpf:"have_set_retval"`
 	InflightLimit      *ebpf.Variable `ebpf:"inflight_limit"`
+	UnusedAdoption     *ebpf.Variable `ebpf:"unused_adoption"`
 	UnusedDestFlag     *ebpf.Variable `ebpf:"unused_dest_flag"`
 	UnusedDirection    *ebpf.Variable `ebpf:"unused_direction"`
 	UnusedListenerKind *ebpf.Variable `ebpf:"unused_listener_kind"`
@@ -413,6 +427,7 @@ type ShuntVariables struct {
 //
 // It can be passed to LoadShuntObjects or ebpf.CollectionSpec.LoadAndAssign.
 type ShuntPrograms struct {
+	ShuntAdopt        *ebpf.Program `ebpf:"shunt_adopt"`
 	ShuntConnect4     *ebpf.Program `ebpf:"shunt_connect4"`
 	ShuntConnect6     *ebpf.Program `ebpf:"shunt_connect6"`
 	ShuntGetpeername4 *ebpf.Program `ebpf:"shunt_getpeername4"`
@@ -425,6 +440,7 @@ type ShuntPrograms struct {
 
 func (p *ShuntPrograms) Close() error {
 	return _ShuntClose(
+		p.ShuntAdopt,
 		p.ShuntConnect4,
 		p.ShuntConnect6,
 		p.ShuntGetpeername4,

@@ -4,7 +4,7 @@
 package bpf
 
 // Digest is the SHA-256 of the compiled object.
-const Digest = "83cd08464a79302bda2617899496dcd2b8f46af4dc1354f66904b6fb4b6b93cb"
+const Digest = "211941518aa3adaea05de943fcd5fde3a4a16f6a1dc7663338484f486c9c31d4"
 
 // stampCode is the program's instructions, with map descriptors of zero.
 const stampCode = "" +

@@ -55,6 +55,8 @@ type Target struct {
 	Pod     PodRef
 	Netns   *Netns
 	Cgroup  string // directory of the pod's own cgroup in cgroup2
+	// Running: processes of the pod may run already, and have sockets open.
+	Running bool
 }
 
 // Attach programs a pod by rules. Repeating it mends what is missing and
@@ -120,6 +122,11 @@ func (d *Datapath) Attach(t Target, rules Rules) (err error) {
 	}
 	if err := d.linkCgroup(r, cgroup); err != nil {
 		return err
+	}
+	if t.Running { // by now no listener can come that the hooks don't see
+		if err := d.adoptListeners(r, t.Netns); err != nil {
+			return err
+		}
 	}
 	return d.linkNetns(r, t.Netns.fd)
 }

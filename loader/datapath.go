@@ -261,6 +261,7 @@ func pinned(o *bpf.ShuntObjects) map[string]pinner {
 		bpf.ShuntProgShuntGetsockopt:   o.ShuntGetsockopt,
 		bpf.ShuntProgShuntSockops:      o.ShuntSockops,
 		bpf.ShuntProgShuntSkLookup:     o.ShuntSkLookup,
+		bpf.ShuntProgShuntAdopt:        o.ShuntAdopt,
 	}
 }
 

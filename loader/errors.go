@@ -26,6 +26,9 @@ var (
 	ErrRefused = errors.New("the kernel refuses the datapath")
 	// ErrAttach says that a program could not be attached to a pod.
 	ErrAttach = errors.New("attach")
+	// ErrListener says that a listener of a running pod's proxy could not be
+	// registered.
+	ErrListener = errors.New("register the proxy's listener")
 	// ErrFull says that a map is full: a policy is never cut short.
 	ErrFull = errors.New("the map is full with the entries of this node's pods")
 	// ErrOtherBuild says that pods use a datapath that another build of Shunt

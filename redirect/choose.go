@@ -64,6 +64,7 @@ const (
 	ReasonNoPermission  ReasonName = "no-permission"  // EPERM: capabilities, lockdown or a security module
 	ReasonLoadRefused   ReasonName = "load-refused"   // the kernel has not what the programs need
 	ReasonAttachRefused ReasonName = "attach-refused" // the kernel, or somebody's exclusive program, keeps ours out
+	ReasonListener      ReasonName = "listener"       // a running proxy's listener could not be registered
 	ReasonMapFull       ReasonName = "map-full"       // the node's pods have filled a map
 	ReasonOtherBuild    ReasonName = "other-build"    // pods use the datapath of another build
 	ReasonFailed        ReasonName = "ebpf-failed"    // anything else

@@ -24,6 +24,9 @@ type Target struct {
 	Cgroup   string
 	NoCgroup error
 	Pod      PodRef
+	// Running: processes of the pod may run already; their sockets are
+	// reckoned with.
+	Running bool
 	// Addrs are the pod's addresses as prevResult gave them. Empty (a
 	// standalone configuration): the backend takes them from the netns.
 	Addrs []netip.Addr

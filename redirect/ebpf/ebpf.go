@@ -52,7 +52,7 @@ func (b *Backend) Apply(ctx context.Context, t redirect.Target, p *redirect.Poli
 	}
 	defer d.Close()
 	return d.Attach(loader.Target{
-		ID: id(t.Attachment), Network: t.Network, Pod: loader.PodRef(t.Pod), Netns: ns, Cgroup: t.Cgroup,
+		ID: id(t.Attachment), Network: t.Network, Pod: loader.PodRef(t.Pod), Netns: ns, Cgroup: t.Cgroup, Running: t.Running,
 	}, rules)
 }
 
@@ -108,6 +108,7 @@ func Reason(err error) redirect.Reason {
 		{loader.ErrOtherBuild, redirect.ReasonOtherBuild},
 		{loader.ErrFull, redirect.ReasonMapFull},
 		{loader.ErrAttach, redirect.ReasonAttachRefused},
+		{loader.ErrListener, redirect.ReasonListener},
 		{unix.EPERM, redirect.ReasonNoPermission},
 	} {
 		if errors.Is(err, known.is) {

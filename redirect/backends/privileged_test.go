@@ -1,0 +1,191 @@
+// SPDX-License-Identifier: Apache-2.0
+
+//go:build linux
+
+package backends
+
+import (
+	"context"
+	"errors"
+	"net/netip"
+	"slices"
+	"strings"
+	"testing"
+
+	"shunt.dev/shunt/internal/testbed"
+	"shunt.dev/shunt/loader"
+	"shunt.dev/shunt/redirect"
+)
+
+func TestMain(m *testing.M) { testbed.Main(m) }
+
+// redirected fails the test unless connections of each family, out of the pod,
+// into it and to itself, reach the proxy, which is told where they were going.
+func redirected(t *testing.T, when string, p *testbed.Pod, app *testbed.App) {
+	t.Helper()
+	expect := func(dst netip.AddrPort, listener string, r testbed.ConnectResult) {
+		t.Helper()
+		if r.Served == nil || r.Listener() != listener || r.Served.OrigDst().Addr != dst {
+			t.Errorf("%s: to %v: %+v (%+v), want %s with that destination", when, dst, r, r.Served, listener)
+		}
+	}
+	for _, s := range []string{"10.99.3.4:80", "[fd99::3]:443"} {
+		dst := netip.MustParseAddrPort(s)
+		expect(dst, "out", app.Connect(t, testbed.ConnectSpec{Dst: dst, Abort: true}))
+	}
+	for _, a := range p.AllAddrs() {
+		dst := netip.AddrPortFrom(a, 8080)
+		expect(dst, "in", p.World.Connect(t, testbed.ConnectSpec{Dst: dst, Abort: true}))
+	}
+}
+
+// node gives a node's backends, and what they are to do for a pod that runs.
+func node(t *testing.T, p *testbed.Pod) (*Backends, redirect.Target, *redirect.Policy) {
+	t.Helper()
+	facts, err := redirect.ParsePod(p.Injected(testbed.ContainerPorts(8080)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	conf := redirect.DefaultConfig()
+	_, policy, err := conf.Evaluate(facts)
+	if err != nil || policy == nil {
+		t.Fatalf("policy %v, %v", policy, err)
+	}
+	target := redirect.Target{
+		Attachment: redirect.Attachment{ContainerID: p.ContainerID, IfName: "eth0"},
+		Network:    "test", Netns: p.NetnsPath(), Cgroup: p.CgroupPath(), Addrs: p.AllAddrs(), Running: true,
+	}
+	b := New(Options{BPFDir: testbed.BPFFS(t) + "/shunt", RunDir: t.TempDir()})
+	t.Cleanup(func() {
+		if err := b.Remove(context.Background(), target.Attachment); err != nil {
+			t.Error(err)
+		}
+	})
+	return b, target, policy
+}
+
+func chosen(d redirect.Datapath) redirect.Choice {
+	return redirect.Choice{Datapath: d, Hook: redirect.HookSkLookup, Reasons: redirect.Reasons{{Name: "test", Text: "test"}}}
+}
+
+// TestPrivilegedChange: a pod that runs goes from one datapath to the other and
+// back, and is redirected rightly at every moment: also while both are in force.
+func TestPrivilegedChange(t *testing.T) {
+	testbed.Privileged(t)
+	testbed.NoLeaks(t)
+	p := testbed.NewPod(t)
+	p.World.ServeAll(t)
+	b, target, policy := node(t, p)
+	p.StartProxy(t, testbed.ProxyUID, testbed.ProxyGID)
+	app := p.StartApp(t, 8080)
+	apply := func(c redirect.Choice) {
+		t.Helper()
+		if _, err := b.Apply(t.Context(), target, policy, c); err != nil {
+			t.Fatal(err)
+		}
+		redirected(t, string(c.Datapath), p, app)
+		if err := b.Check(t.Context(), target); err != nil {
+			t.Error(err)
+		}
+		rules := strings.Contains(p.Command(t, "iptables-save")+p.Command(t, "ip6tables-save"), "SHUNT")
+		if on := b.ebpf.Check(t.Context(), target) == nil; on != (c.Datapath == redirect.EBPF) || rules == on {
+			t.Errorf("%s: eBPF %v, rules %v", c.Datapath, on, rules)
+		}
+		if s6 := p.Command(t, "ip", "-6", "addr", "show", "dev", "lo"); !strings.Contains(s6, "::6/128") {
+			t.Errorf("%s: ::6 is not on lo:\n%s", c.Datapath, s6)
+		}
+	}
+	// The proxy's listeners were open before anything was there to see them
+	// open.
+	for _, d := range []redirect.Datapath{redirect.Iptables, redirect.EBPF, redirect.Iptables, redirect.EBPF} {
+		apply(chosen(d))
+	}
+
+	if err := b.iptables.Apply(t.Context(), target, policy); err != nil {
+		t.Fatal(err)
+	}
+	redirected(t, "both", p, app)
+	if err := b.yield(t.Context(), target.Attachment); err != nil {
+		t.Fatal(err)
+	}
+	redirected(t, "eBPF again", p, app)
+}
+
+// TestPrivilegedOpenListeners: listeners of a proxy that was there before eBPF
+// are registered, each kind and each worker, and are followed when they close;
+// what can't be registered is said.
+func TestPrivilegedOpenListeners(t *testing.T) {
+	testbed.Privileged(t)
+	testbed.NoLeaks(t)
+	w := testbed.NewWorld(t)
+	w.ServeAll(t)
+	any6, any4 := netip.IPv6Unspecified(), netip.IPv4Unspecified()
+	for _, tc := range []struct {
+		name   string
+		open   func(p *testbed.Pod) []testbed.ListenSpec
+		served [2]bool // IPv4, IPv6
+		err    error
+	}{
+		{"none", func(*testbed.Pod) []testbed.ListenSpec { return nil }, [2]bool{}, nil},
+		{"both families", func(*testbed.Pod) []testbed.ListenSpec { return []testbed.ListenSpec{{Addr: in(any6)}} }, [2]bool{true, true}, nil},
+		{"IPv4", func(*testbed.Pod) []testbed.ListenSpec { return []testbed.ListenSpec{{Addr: in(any4)}} }, [2]bool{true, false}, nil},
+		{"IPv6 only", func(*testbed.Pod) []testbed.ListenSpec {
+			return []testbed.ListenSpec{{Addr: in(any6), V6Only: true}}
+		}, [2]bool{false, true}, nil},
+		{"the pod's addresses", func(p *testbed.Pod) []testbed.ListenSpec {
+			return []testbed.ListenSpec{{Addr: in(p.Addr4())}, {Addr: in(p.Addr6())}}
+		}, [2]bool{true, true}, nil},
+		{"loopback", func(*testbed.Pod) []testbed.ListenSpec {
+			return []testbed.ListenSpec{{Addr: in(netip.MustParseAddr("127.0.0.1"))}}
+		}, [2]bool{}, nil},
+		{"workers", func(*testbed.Pod) []testbed.ListenSpec {
+			return slices.Repeat([]testbed.ListenSpec{{Addr: in(any6), ReusePort: true}}, 24)
+		}, [2]bool{true, true}, nil},
+		{"Multipath TCP", func(*testbed.Pod) []testbed.ListenSpec {
+			return []testbed.ListenSpec{{Addr: in(any6), MPTCP: true}}
+		}, [2]bool{}, loader.ErrListener},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			p := testbed.NewPod(t, testbed.InWorld(w))
+			b, target, policy := node(t, p)
+			proxy := p.Actor(t, "proxy", testbed.ProxyUID, testbed.ProxyGID)
+			var open []*testbed.Listener
+			for _, spec := range tc.open(p) {
+				spec.Name = "in"
+				open = append(open, proxy.Listen(t, spec))
+			}
+			expect := func(when string, served [2]bool) {
+				t.Helper()
+				for i, a := range []netip.Addr{p.Addr4(), p.Addr6()} {
+					r := w.Connect(t, testbed.ConnectSpec{Dst: netip.AddrPortFrom(a, 8080), Abort: true})
+					if got := r.Listener() == "in"; got != served[i] || !got && r.Errno != "ECONNREFUSED" {
+						t.Errorf("%s: to %v: %+v, want served %v", when, a, r, served[i])
+					}
+				}
+			}
+			for range 2 { // and again: what is registered is not registered twice
+				_, err := b.Apply(t.Context(), target, policy, chosen(redirect.EBPF))
+				if !errors.Is(err, tc.err) || (err != nil) != (tc.err != nil) {
+					t.Fatalf("apply: %v, want %v", err, tc.err)
+				}
+			}
+			if tc.err != nil {
+				return
+			}
+			expect("open before", tc.served)
+			for i, l := range open {
+				if l.Close(t); i%8 == 0 && i < len(open)-1 && tc.name == "workers" {
+					expect("some have closed", tc.served)
+				}
+			}
+			expect("all have closed", [2]bool{})
+			l := proxy.Listen(t, testbed.ListenSpec{Name: "in", Addr: in(any6)})
+			expect("another", [2]bool{true, true})
+			l.Close(t)
+			proxy.Listen(t, testbed.ListenSpec{Name: "in", Addr: in(any6)})
+			expect("a third", [2]bool{true, true})
+		})
+	}
+}
+
+func in(a netip.Addr) netip.AddrPort { return netip.AddrPortFrom(a, testbed.InboundPort) }
