@@ -243,6 +243,19 @@ func (a *Actor) PassSocket(t testing.TB, sock int, to *Actor) (there int) {
 	return there
 }
 
+// Take gives the test a kept socket of the actor's: a descriptor of this
+// process's, which the test must close. The socket stays what its creation made
+// it: its owner, its cgroup and its network namespace are the actor's.
+func (a *Actor) Take(t testing.TB, sock int) (fd int) {
+	t.Helper()
+	fd, err := a.wire.pass(sock)
+	if err != nil {
+		t.Fatalf("actor %s: take socket: %v", a.Name, err)
+	}
+	a.Close(t, sock)
+	return fd
+}
+
 // Stop ends the actor: its sockets are closed as at the end of a process. In
 // the world it does nothing.
 func (a *Actor) Stop(t testing.TB) {

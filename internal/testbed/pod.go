@@ -416,6 +416,12 @@ func (p *Pod) EnableFastOpen(t testing.TB) {
 	}
 }
 
+// EnablePing lets processes in the pod open ping sockets.
+func (p *Pod) EnablePing(t testing.TB) {
+	t.Helper()
+	p.Sysctl(t, "net.ipv4.ping_group_range", "0 2147483647")
+}
+
 // Command runs a program in the pod's namespace, as root in the test's own
 // cgroup, to its end, and gives its output; an exit status other than 0 ends
 // the test.

@@ -134,17 +134,25 @@ func sockInfo(fd int) SockInfo {
 	return i
 }
 
-// newSocket creates a TCP socket of a family with the options of s, unbound.
+// newSocket creates a TCP, UDP or ping socket of a family with the options of s,
+// unbound.
 func newSocket(s SocketSpec, family int) (fd int, err error) {
-	domain, proto := unix.AF_INET, unix.IPPROTO_TCP
+	domain, kind, proto := unix.AF_INET, unix.SOCK_STREAM, unix.IPPROTO_TCP
 	if family == 6 {
 		domain = unix.AF_INET6
 	}
-	if s.MPTCP {
+	switch {
+	case s.MPTCP:
 		proto = unix.IPPROTO_MPTCP
+	case s.UDP:
+		kind, proto = unix.SOCK_DGRAM, unix.IPPROTO_UDP
+	case s.Ping:
+		if kind, proto = unix.SOCK_DGRAM, unix.IPPROTO_ICMP; family == 6 {
+			proto = unix.IPPROTO_ICMPV6
+		}
 	}
 	if err := withFSIDs(s.FSUID, s.FSGID, func() error {
-		fd, err = unix.Socket(domain, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, proto)
+		fd, err = unix.Socket(domain, kind|unix.SOCK_CLOEXEC, proto)
 		return err
 	}); err != nil {
 		return -1, err
