@@ -390,11 +390,13 @@ func (b *builder) unmark() chain {
 // what they were given on the way out.
 func (b *builder) raw() table {
 	out := chain{name: chainZoneOut}
+	// First: they go by lo, also where lo is an excluded interface and the
+	// question went by another.
+	out.add("the proxy's answers to the app", "-o lo -p udp -m udp --sport "+strconv.Itoa(int(b.p.Proxy.DNSPort)), "-j CT --zone "+zoneApp)
 	b.udpDirect(&out)
 	dns := "-p udp -m udp --dport 53"
 	out.add("the proxy's questions", dns, "-m owner --uid-owner "+number(b.p.Proxy.UID), "-j CT --zone "+zoneProxy)
 	out.add("the app's questions", dns, "-m owner ! --uid-owner "+number(b.p.Proxy.UID), "-j CT --zone "+zoneApp)
-	out.add("the proxy's answers to the app", "-o lo -p udp -m udp --sport "+strconv.Itoa(int(b.p.Proxy.DNSPort)), "-j CT --zone "+zoneApp)
 	in := chain{name: chainZoneIn}
 	for _, i := range b.p.ExcludeInterfaces {
 		in.add(bracketed(redirect.RuleOutExcludeInterface), "-i "+i, direct)
