@@ -101,9 +101,9 @@ func TestPrivilegedMend(t *testing.T) {
 			missing                    bool // Check can't know without the record
 		}{
 			{"a rule too many", "iptables", "*nat\n-I SHUNT_OUT -j RETURN\nCOMMIT\n", "IPv4: table nat: chain SHUNT_OUT, rule 1: there is `-j RETURN`, there should be `-s 127.0.0.6/32", false},
-			{"a rule missing", "ip6tables", "*nat\n-D SHUNT_OUT -d fd97::/16 -j RETURN\nCOMMIT\n", "IPv6: table nat: chain SHUNT_OUT, rule 10: there is `-p tcp -j REDIRECT", false},
+			{"a rule missing", "ip6tables", "*nat\n-D SHUNT_OUT -d fd97::/16 -j RETURN\nCOMMIT\n", "IPv6: table nat: chain SHUNT_OUT, rule 11: there is `-p tcp -j REDIRECT", false},
 			{"a chain emptied", "ip6tables", "*mangle\n-F SHUNT_TPROXY\nCOMMIT\n", "IPv6: table mangle: chain SHUNT_TPROXY, rule 1: there is none", false},
-			{"the order changed", "iptables", "*nat\n-D SHUNT_OUT -d 127.0.0.1/32 -j RETURN\n-A SHUNT_OUT -d 127.0.0.1/32 -j RETURN\nCOMMIT\n", "IPv4: table nat: chain SHUNT_OUT, rule 9", false},
+			{"the order changed", "iptables", "*nat\n-D SHUNT_OUT -d 127.0.0.1/32 -j RETURN\n-A SHUNT_OUT -d 127.0.0.1/32 -j RETURN\nCOMMIT\n", "IPv4: table nat: chain SHUNT_OUT, rule 10", false},
 			{"a jump doubled", "iptables", "*nat\n-A OUTPUT -p tcp -j SHUNT_OUT\nCOMMIT\n", "jumps to our chains: there is `OUTPUT -p tcp -j SHUNT_OUT`, there should be `PREROUTING", false},
 			{"a jump missing", "ip6tables", "*nat\n-D PREROUTING ! -i lo -p tcp -j SHUNT_IN\nCOMMIT\n", "jumps to our chains: there is none, there should be `PREROUTING ! -i lo -p tcp -j SHUNT_IN`", false},
 			{"another version's", "iptables", "*nat\n-N SHUNT_OLD\n-N SHUNT_OLDER\n-A SHUNT_OLDER -j SHUNT_OLD\n-A SHUNT_OLD -p tcp -j RETURN\n-I OUTPUT -j SHUNT_OLDER\nCOMMIT\n*filter\n-N SHUNT_GUARD\n-A SHUNT_GUARD -p tcp -m tcp --dport 9 -j DROP\n-A OUTPUT -j SHUNT_GUARD\nCOMMIT\n", "table nat: chain SHUNT_OLD should not be there", false},

@@ -226,6 +226,14 @@ func (b *builder) out() chain {
 		// the app.
 		c.add("the proxy, from the client's address, marked by itself", "-o lo -m mark --mark "+mark, direct)
 	}
+	// A pod that comes from eBPF has connections to its proxy of which
+	// iptables has not seen the beginning: connection tracking takes an answer
+	// for one.
+	answers := []string{strconv.Itoa(int(p.Proxy.OutboundPort)), strconv.Itoa(int(p.Proxy.InboundPort))}
+	if p.DNSCapture {
+		answers = append(answers, strconv.Itoa(int(p.Proxy.DNSPort)))
+	}
+	c.add("the proxy's answers, which begin nothing", "-o lo -p tcp -m tcp ! --tcp-flags FIN,SYN,RST,ACK SYN -m multiport --sports "+strings.Join(answers, ","), direct)
 	notToSelf := "-p tcp -m tcp ! --dport " + strconv.Itoa(int(p.Proxy.TunnelPort))
 	notDNS := ""
 	if p.DNSCapture {
