@@ -310,7 +310,7 @@ func (b *Backend) remove(ctx context.Context, a redirect.Attachment, yield bool)
 	if err != nil || r == nil {
 		return err
 	}
-	n, err := openNamespace(r.Netns)
+	n, err := r.open()
 	switch {
 	case errors.Is(err, fs.ErrNotExist), errors.Is(err, errNotNamespace):
 		return b.removeRecord(r)

@@ -69,6 +69,28 @@ func (r *record) of(n *namespace) bool {
 	return r.Inode == n.inode && r.Cookie == n.cookie && r.Boot == loader.BootID()
 }
 
+// open opens the network namespace. Where the record's path was a process's, and
+// that has ended, another process may still be there.
+func (r *record) open() (*namespace, error) {
+	n, err := openNamespace(r.Netns)
+	if !errors.Is(err, fs.ErrNotExist) || !strings.HasPrefix(r.Netns, "/proc/") {
+		return n, err
+	}
+	others, err2 := filepath.Glob("/proc/[0-9]*/ns/net")
+	if err2 != nil {
+		return nil, err2
+	}
+	for _, path := range others {
+		if link, err := os.Readlink(path); err != nil || link != fmt.Sprintf("net:[%d]", r.Inode) {
+			continue
+		}
+		if n, err := openNamespace(path); err == nil {
+			return n, nil
+		}
+	}
+	return nil, err
+}
+
 // dirName is the folder in RunDir that holds the records and their lock.
 const dirName = "iptables"
 
