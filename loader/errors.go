@@ -40,10 +40,24 @@ var (
 	ErrNotAttached = errors.New("not attached")
 )
 
+// mayLoad reports whether this process has the capabilities that loading needs.
+// Without them an error may look like a missing feature: cilium/ebpf tries out
+// what the kernel has, and takes any refusal for a no.
+func mayLoad() bool {
+	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+	var data [2]unix.CapUserData
+	if err := unix.Capget(&header, &data[0]); err != nil {
+		return false
+	}
+	effective := uint64(data[0].Effective) | uint64(data[1].Effective)<<32
+	has := func(c int) bool { return effective&(1<<c) != 0 }
+	return has(unix.CAP_NET_ADMIN) && (has(unix.CAP_SYS_ADMIN) || has(unix.CAP_BPF) && has(unix.CAP_PERFMON))
+}
+
 // classify says what it means that the kernel did not load the datapath.
 func classify(err error) error {
 	switch {
-	case errors.Is(err, unix.EPERM):
+	case errors.Is(err, unix.EPERM), !mayLoad():
 		return fmt.Errorf("%w: %w (CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON, or CAP_SYS_ADMIN, are needed)", ErrPermission, err)
 	case errors.Is(err, ebpf.ErrNotSupported), errors.Is(err, unix.EINVAL), errors.Is(err, unix.EACCES),
 		errors.Is(err, unix.E2BIG), errors.Is(err, unix.ENOSYS), errors.Is(err, unix.EOPNOTSUPP):

@@ -76,15 +76,18 @@ func (p *prober) add(row probe.Row, why string, err error) {
 func (p *prober) answer(why string, err error) (probe.Answer, string) {
 	var no noError
 	var unknown unknownError
+	denied := errors.Is(err, unix.EPERM) || errors.Is(err, unix.EACCES)
 	switch {
 	case err == nil:
 		return probe.Yes, why
 	case errors.As(err, &no):
 		return probe.No, oneLine(err)
-	case (errors.Is(err, unix.EPERM) || errors.Is(err, unix.EACCES)) && !p.root && !refusedByVerifier(err):
-		return probe.Unknown, probe.NeedsRoot + ": " + oneLine(err)
-	case errors.As(err, &unknown):
+	case errors.As(err, &unknown) && (p.root || !denied):
 		return probe.Unknown, oneLine(err)
+	case !p.root:
+		// Whatever it says: the library takes EPERM for a missing feature, in
+		// places.
+		return probe.Unknown, probe.NeedsRoot + ": " + oneLine(err)
 	case errors.Is(err, unix.EPERM):
 		return probe.Unknown, oneLine(err) + ", although this process has the capabilities: is it lockdown, a security module or a seccomp filter?"
 	case conclusive(err):
@@ -151,7 +154,7 @@ func (p *prober) capabilities() {
 			p.add(row, "", unknownError{fmt.Errorf("read this process's capabilities: %w", err)})
 		case !has:
 			// The plugin has what its runtime has: this process can't tell.
-			row.Answer, row.Why = probe.Unknown, fmt.Sprintf("%s: this process has not %s, %s", probe.NeedsRoot, c.title, c.what)
+			row.Answer, row.Why = probe.Unknown, fmt.Sprintf("%s: this process lacks %s, %s", probe.NeedsRoot, c.title, c.what)
 			p.rows = append(p.rows, row)
 		case inside:
 			row.Answer, row.Why = probe.Unknown, fmt.Sprintf("%s: this process has %s in a user namespace only", probe.NeedsRoot, by)
@@ -191,7 +194,7 @@ func (p *prober) kernel() {
 	case err != nil:
 		err = unknownError{fmt.Errorf("the kernel's release %q is no version: %w", release, err)}
 	case major < 5 || major == 5 && minor < 17:
-		err = noError{fmt.Errorf("Linux %s is older than 5.17; a distribution may have added what is needed: the rows of bpf tell", release)}
+		err = noError{fmt.Errorf("version %s is older than 5.17; a distribution may have added what is needed: the rows of bpf tell", release)}
 	}
 	p.add(row("kernel", "5.17", probe.Optional), "Linux "+release, err)
 
@@ -219,8 +222,12 @@ func netnsCookie() error {
 		return unknownError{fmt.Errorf("open a socket: %w", err)}
 	}
 	defer unix.Close(s)
-	if _, err := unix.GetsockoptUint64(s, unix.SOL_SOCKET, unix.SO_NETNS_COOKIE); err != nil {
-		return fmt.Errorf("getsockopt SO_NETNS_COOKIE: %w", err)
+	_, err = unix.GetsockoptUint64(s, unix.SOL_SOCKET, unix.SO_NETNS_COOKIE)
+	switch {
+	case errors.Is(err, unix.ENOPROTOOPT):
+		return noError{fmt.Errorf("getsockopt SO_NETNS_COOKIE: %w", err)}
+	case err != nil:
+		return unknownError{fmt.Errorf("getsockopt SO_NETNS_COOKIE: %w", err)}
 	}
 	return nil
 }
@@ -391,6 +398,9 @@ type progQueryAttr struct {
 
 // mptcpListener registers an MPTCP listener as the sockops program does.
 func (p *prober) mptcpListener(ctx context.Context) (why string, err error) {
+	if p.hier == "" {
+		return "", unknownError{errors.New("cgroup2 is not mounted")}
+	}
 	err = p.inCgroup(ctx, func(c *scratch.Cgroup) error {
 		listeners, err := ebpf.NewMap(&ebpf.MapSpec{Type: ebpf.SockHash, KeySize: 4, ValueSize: 8, MaxEntries: 1})
 		if err != nil {
@@ -500,6 +510,8 @@ var needs = []struct{ name, program, since string }{
 	// bpf_get_netns_cookie: f1248dee954c and 6cf1770d63dd.
 	{"bpf-getsockopt", bpf.ShuntProgShuntGetsockopt, "5.15"},
 	{"bpf-sockops", bpf.ShuntProgShuntSockops, "5.15"},
+	// Bounded loops: 2589726d12a1.
+	{"bpf-adopt", bpf.ShuntProgShuntAdopt, "5.3"},
 	// ingress_ifindex: f89315650ba3.
 	{"bpf-stamp", bpf.ShuntProgShuntStamp, "5.17"},
 	{"bpf-sk-lookup", bpf.ShuntProgShuntSkLookup, "5.17"},
@@ -552,7 +564,7 @@ func (p *prober) loadOne(all *ebpf.CollectionSpec, name string) (why string, err
 	for _, have := range []struct {
 		mptcp, setRetval bool
 		without          string
-	}{{true, true, ""}, {false, true, ", without bpf_skc_to_mptcp_sock"}, {false, false, ", without bpf_skc_to_mptcp_sock and bpf_set_retval"}} {
+	}{{true, true, ""}, {false, true, "; bpf_skc_to_mptcp_sock is not used"}, {false, false, "; bpf_skc_to_mptcp_sock and bpf_set_retval are not used"}} {
 		spec := alone(all, name)
 		for v, on := range map[string]bool{bpf.ShuntVarHaveMptcp: have.mptcp, bpf.ShuntVarHaveSetRetval: have.setRetval} {
 			if known := spec.Variables[v]; known != nil {
@@ -565,7 +577,7 @@ func (p *prober) loadOne(all *ebpf.CollectionSpec, name string) (why string, err
 		if loadErr == nil {
 			coll.Close()
 			prog := all.Programs[name]
-			return fmt.Sprintf("type %v, attach type %v%s", prog.Type, prog.AttachType, have.without), nil
+			return fmt.Sprintf("%v at %v, with %s%s", prog.Type, prog.AttachType, strings.Join(helpersOf(prog), ", "), have.without), nil
 		}
 		if err == nil {
 			err = loadErr
@@ -576,7 +588,7 @@ func (p *prober) loadOne(all *ebpf.CollectionSpec, name string) (why string, err
 	}
 	if conclusive(err) {
 		if missing := missingHelpers(all.Programs[name]); len(missing) > 0 {
-			err = fmt.Errorf("the kernel has not %s for this type: %w", strings.Join(missing, ", "), err)
+			err = fmt.Errorf("the kernel lacks %s for this type of program: %w", strings.Join(missing, ", "), err)
 		}
 	}
 	return "", err
@@ -610,16 +622,52 @@ func alone(all *ebpf.CollectionSpec, name string) *ebpf.CollectionSpec {
 // missingHelpers names helpers of a program that the kernel is known not to
 // have for its type.
 func missingHelpers(prog *ebpf.ProgramSpec) (missing []string) {
-	for _, insn := range prog.Instructions {
-		if !insn.IsBuiltinCall() {
-			continue
-		}
-		helper := asm.BuiltinFunc(insn.Constant)
-		if name := helper.String(); errors.Is(features.HaveProgramHelper(prog.Type, helper), ebpf.ErrNotSupported) && !slices.Contains(missing, name) {
-			missing = append(missing, name)
+	for _, helper := range calls(prog) {
+		if errors.Is(features.HaveProgramHelper(prog.Type, helper), ebpf.ErrNotSupported) {
+			missing = append(missing, helperName(helper))
 		}
 	}
 	return missing
+}
+
+// helpersOf names the helpers of a program, without those for maps, which every
+// kernel has.
+func helpersOf(prog *ebpf.ProgramSpec) (names []string) {
+	for _, helper := range calls(prog) {
+		if helper > asm.FnMapDeleteElem {
+			names = append(names, helperName(helper))
+		}
+	}
+	if len(names) == 0 {
+		return []string{"no helper but those for maps"}
+	}
+	return names
+}
+
+// calls lists the helpers that a program calls.
+func calls(prog *ebpf.ProgramSpec) (helpers []asm.BuiltinFunc) {
+	for _, insn := range prog.Instructions {
+		if insn.IsBuiltinCall() {
+			helpers = append(helpers, asm.BuiltinFunc(insn.Constant))
+		}
+	}
+	slices.Sort(helpers)
+	return slices.Compact(helpers)
+}
+
+// helperName writes a helper's name as the kernel does: FnSkAssign is
+// bpf_sk_assign.
+func helperName(helper asm.BuiltinFunc) string {
+	var b strings.Builder
+	b.WriteString("bpf")
+	for _, c := range strings.TrimPrefix(helper.String(), "Fn") {
+		if 'A' <= c && c <= 'Z' {
+			b.WriteByte('_')
+			c += 'a' - 'A'
+		}
+		b.WriteRune(c)
+	}
+	return b.String()
 }
 
 // netnsLink links a program that lets everything pass to a network namespace in

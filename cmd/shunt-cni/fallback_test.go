@@ -254,6 +254,25 @@ func TestPrivilegedRefusalIsKept(t *testing.T) {
 	n.MustDel(t, p)
 }
 
+// TestPrivilegedNoCapability: what fails for want of privilege may look like a
+// kernel's refusal, and must not be kept as one.
+func TestPrivilegedNoCapability(t *testing.T) {
+	n := newNode(t, begin(t))
+	p := n.pod(t)
+	plugin, env := n.Plugin, n.Env
+	n.without(t, unix.CAP_SYS_ADMIN, unix.CAP_BPF, unix.CAP_PERFMON)
+	r := n.Run(t, "STATUS", p, testbed.Set("datapath", "ebpf"))
+	if r.Code() != 50 || !strings.Contains(message(r), "no permission") && !strings.Contains(message(r), "operation not permitted") {
+		t.Errorf("STATUS without capabilities: %s", r)
+	}
+	n.Plugin, n.Env = plugin, env
+	if _, err := os.Stat(filepath.Join(n.RunDir, "refused")); err == nil {
+		t.Error("the refusal is kept")
+	}
+	n.MustAdd(t, p, testbed.Set("datapath", "ebpf"))
+	n.MustDel(t, p)
+}
+
 // programs makes a folder of iptables programs that are shell scripts.
 func programs(t *testing.T, script string) (dir string) {
 	t.Helper()
