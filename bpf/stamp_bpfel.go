@@ -4,7 +4,7 @@
 package bpf
 
 // Digest is the SHA-256 of the compiled object.
-const Digest = "83cd08464a79302bda2617899496dcd2b8f46af4dc1354f66904b6fb4b6b93cb"
+const Digest = "8b50fcedb44f6b5f75797ca670122159e96090bc7df98dd1d1126ea65fb3b4c1"
 
 // stampCode is the program's instructions, with map descriptors of zero.
 const stampCode = "" +

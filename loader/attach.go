@@ -55,6 +55,8 @@ type Target struct {
 	Pod     PodRef
 	Netns   *Netns
 	Cgroup  string // directory of the pod's own cgroup in cgroup2
+	// InboundHook is SkLookup, if it is empty.
+	InboundHook InboundHook
 }
 
 // Attach programs a pod by rules. Repeating it mends what is missing and
@@ -68,7 +70,7 @@ func (d *Datapath) Attach(t Target, rules Rules) (err error) {
 	r := &Record{
 		ID: t.ID, Network: t.Network, Pod: t.Pod, Build: filepath.Base(d.dir),
 		Cookie: t.Netns.Cookie, NetnsIno: t.Netns.Inode, Netns: t.Netns.path,
-		Cgroup: t.Cgroup, CgroupID: cgroupID, Rules: rules,
+		Cgroup: t.Cgroup, CgroupID: cgroupID, Rules: rules, InboundHook: t.InboundHook,
 	}
 	if r.Epoch, err = d.epoch(r.Build); err != nil {
 		return err
@@ -83,6 +85,9 @@ func (d *Datapath) Attach(t Target, rules Rules) (err error) {
 			return fmt.Errorf("undo an earlier attachment of the same id: %w", err)
 		}
 		old = nil
+	}
+	if err := d.planTC(r, t.Netns, old); err != nil {
+		return err
 	}
 
 	// From here on the record says what may have been done.
@@ -114,7 +119,23 @@ func (d *Datapath) Attach(t Target, rules Rules) (err error) {
 	if err := d.linkCgroup(r, cgroup); err != nil {
 		return err
 	}
-	return d.linkNetns(r, t.Netns.fd)
+	return d.linkInbound(r, t.Netns)
+}
+
+// linkInbound makes sure of the inbound hook. One that the pod had before goes
+// when the new one is whole.
+func (d *Datapath) linkInbound(r *Record, n *Netns) error {
+	if r.InboundHook == TC {
+		if err := d.linkTC(r, n); err != nil {
+			return err
+		}
+		if err := d.unlinkSkLookup(r); err != nil {
+			return err
+		}
+	} else if err := d.linkNetns(r, n.fd); err != nil {
+		return err
+	}
+	return d.leave(r)
 }
 
 // openCgroup opens a cgroup's directory. A cgroup's id is its inode number.
@@ -496,6 +517,7 @@ func (d *Datapath) detach(r *Record) error {
 	if !sharedNetns {
 		// The one that decides goes first: without a stamp it refuses.
 		dir := d.netnsLinks(r.Cookie)
+		errs = append(errs, d.unlinkAllTC(r))
 		if err := d.unlinkAll(dir, skLookupLink, stampLink); err != nil {
 			errs = append(errs, err)
 		} else {
@@ -683,7 +705,11 @@ func (d *Datapath) checkLinks(r *Record) error {
 			errs = append(errs, fmt.Errorf("%v is not attached to the pod's cgroup %s", h.attach, r.Cgroup))
 		}
 	}
-	wrong, err := d.wrongNetnsLinks(r)
+	inbound := d.wrongNetnsLinks
+	if r.InboundHook == TC {
+		inbound = d.wrongTC
+	}
+	wrong, err := inbound(r)
 	errs = append(errs, err)
 	for _, w := range wrong {
 		errs = append(errs, errors.New(w))

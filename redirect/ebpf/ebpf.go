@@ -20,6 +20,7 @@ import (
 // A Backend redirects with eBPF. It is a redirect.Backend.
 type Backend struct {
 	opts loader.Options
+	hook loader.InboundHook
 }
 
 var _ redirect.Backend = (*Backend)(nil)
@@ -30,6 +31,14 @@ func New(opts loader.Options) *Backend {
 		opts.Log = slog.New(slog.DiscardHandler)
 	}
 	return &Backend{opts: opts}
+}
+
+// Via gives the same backend, but with an inbound hook for the pods that it
+// programs; loader.SkLookup is the default. Check and Remove know each pod's.
+func (b *Backend) Via(hook loader.InboundHook) *Backend {
+	via := *b
+	via.hook = hook
+	return &via
 }
 
 // Apply loads the node's datapath, unless it is loaded, and attaches the pod.
@@ -50,6 +59,7 @@ func (b *Backend) Apply(ctx context.Context, t redirect.Target, p *redirect.Poli
 	defer d.Close()
 	return d.Attach(loader.Target{
 		ID: id(t.Attachment), Network: t.Network, Pod: loader.PodRef(t.Pod), Netns: ns, Cgroup: t.Cgroup,
+		InboundHook: b.hook,
 	}, rules)
 }
 

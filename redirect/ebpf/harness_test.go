@@ -58,6 +58,37 @@ func newNode(t testing.TB, edit ...func(*loader.Options)) *node {
 	return n
 }
 
+// inboundHooks are the ways in which a pod's inbound connections are turned.
+var inboundHooks = []struct {
+	name string
+	hook loader.InboundHook
+	edit func(*loader.Options)
+}{
+	{"sk_lookup", loader.SkLookup, func(*loader.Options) {}},
+	{"tcx", loader.TC, func(*loader.Options) {}},
+	{"clsact", loader.TC, func(o *loader.Options) { o.NoTCX = true }},
+}
+
+// eachHook runs a test on a node of each inbound hook.
+func eachHook(t *testing.T, fn func(t *testing.T, n *node)) {
+	for _, h := range inboundHooks {
+		t.Run(h.name, func(t *testing.T) {
+			n := newNode(t, h.edit)
+			n.Backend = n.Via(h.hook)
+			fn(t, n)
+		})
+	}
+}
+
+// eachTC runs a test on a node of each way to attach TC programs.
+func eachTC(t *testing.T, fn func(t *testing.T, n *node)) {
+	eachHook(t, func(t *testing.T, n *node) {
+		if n.hook == loader.TC {
+			fn(t, n)
+		}
+	})
+}
+
 // pinned opens a pinned map of the datapath; nil when none is loaded.
 func (n *node) pinned(t testing.TB, name string) *ebpf.Map {
 	t.Helper()

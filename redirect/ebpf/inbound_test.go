@@ -19,7 +19,10 @@ import (
 // connection is in TIME_WAIT at the proxy is accepted at once.
 func TestPrivilegedTimeWait(t *testing.T) {
 	begin(t)
-	n := newNode(t)
+	eachHook(t, testTimeWait)
+}
+
+func testTimeWait(t *testing.T, n *node) {
 	w := testbed.NewWorld(t)
 	p := n.redirect(t, testbed.NewPod(t, testbed.InWorld(w)), twinPolicy...)
 	c := newCast(t, p, []uint16{8080}, testbed.ShapeListeners(func(l *testbed.ListenSpec) { l.CloseFirst = true }))
@@ -52,7 +55,10 @@ func TestPrivilegedTimeWait(t *testing.T) {
 // where REDIRECT would find one: at the wildcard or at the pod's first address.
 func TestPrivilegedListenerPlaces(t *testing.T) {
 	begin(t)
-	n := newNode(t)
+	eachHook(t, testListenerPlaces)
+}
+
+func testListenerPlaces(t *testing.T, n *node) {
 	v6only := func(l *testbed.ListenSpec) { l.V6Only = true }
 	for _, pods := range []struct {
 		name string
@@ -170,7 +176,10 @@ func (c *crowd) check(t *testing.T, what string, connections int) map[string]int
 // each gets its share, whoever leaves and in whatever way.
 func TestPrivilegedReusePort(t *testing.T) {
 	begin(t)
-	n := newNode(t)
+	eachHook(t, testReusePort)
+}
+
+func testReusePort(t *testing.T, n *node) {
 	leave := map[string]func(*testing.T, *testbed.Actor){
 		"stopped": func(t *testing.T, a *testbed.Actor) { a.Stop(t) },
 		"killed":  func(t *testing.T, a *testbed.Actor) { a.Kill(t) },
@@ -249,7 +258,10 @@ func TestPrivilegedReusePort(t *testing.T) {
 // accepted to another.
 func TestPrivilegedHandOver(t *testing.T) {
 	begin(t)
-	n := newNode(t)
+	eachHook(t, testHandOver)
+}
+
+func testHandOver(t *testing.T, n *node) {
 	const connections = 2500
 	// Without it a listener that closes resets all that it has not accepted.
 	x := newTwins(t, n, testbed.Sysctl("net.ipv4.tcp_migrate_req", "1"))
@@ -319,7 +331,10 @@ func TestPrivilegedHandOver(t *testing.T) {
 // refused, counted, and never gone around.
 func TestPrivilegedMPTCPListener(t *testing.T) {
 	begin(t)
-	n := newNode(t)
+	eachHook(t, testMPTCPListener)
+}
+
+func testMPTCPListener(t *testing.T, n *node) {
 	w := testbed.NewWorld(t)
 	p := n.redirect(t, testbed.NewPod(t, testbed.InWorld(w)), twinPolicy...)
 	p.StartApp(t, 8080)
