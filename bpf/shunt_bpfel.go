@@ -169,8 +169,10 @@ type ShuntReopened struct {
 	_      structs.HostLayout
 	Cookie uint64
 	Seq    uint32
+	Client uint32
 	Sport  uint16
 	Dport  uint16
+	Pad    uint32
 }
 
 type ShuntRule uint32

@@ -4,7 +4,7 @@
 package bpf
 
 // Digest is the SHA-256 of the compiled object.
-const Digest = "8b50fcedb44f6b5f75797ca670122159e96090bc7df98dd1d1126ea65fb3b4c1"
+const Digest = "6a4593746a012955bb3f5c317cce3e3d08d65a65e7996e44c7c0af7d4c727e94"
 
 // stampCode is the program's instructions, with map descriptors of zero.
 const stampCode = "" +

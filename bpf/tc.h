@@ -89,8 +89,10 @@ enum reading { NOT_TCP, READ, UNREADABLE };
 struct reopened {
 	__u64 cookie;
 	__be32 seq;
+	__be32 client; // the end of its address
 	__be16 sport;
 	__be16 dport;
+	__u32 pad;
 };
 
 struct {
@@ -434,7 +436,7 @@ __noinline int challenge(struct __sk_buff *ctx, const struct segment *s)
 // sequence number seq goes in before the SYN, which comes round once more.
 __noinline int reopen(struct __sk_buff *ctx, __u64 cookie, const struct segment *s, __u32 seq)
 {
-	__be32 flags, reset, reset_seq = bpf_htonl(seq);
+	__be32 client, flags, reset, reset_seq = bpf_htonl(seq);
 	struct reopened *last;
 	__u32 zero = 0, tcp;
 	int link;
@@ -443,13 +445,15 @@ __noinline int reopen(struct __sk_buff *ctx, __u64 cookie, const struct segment 
 	link = link_length(ctx);
 	if (!s || !last || link < 0)
 		return TC_ACT_SHOT;
-	if (last->cookie == cookie && last->seq == s->tcp.seq && last->sport == s->tcp.sport && last->dport == s->tcp.dport) {
+	client = s->four ? s->tuple.ipv4.saddr : s->tuple.ipv6.saddr[3];
+	if (last->cookie == cookie && last->seq == s->tcp.seq && last->client == client && last->sport == s->tcp.sport && last->dport == s->tcp.dport) {
 		last->cookie = 0;
 		failed(cookie, PLACE_TC_REOPEN, -EEXIST);
 		return TC_ACT_SHOT; // the RST was in vain; the client will try again
 	}
 	last->cookie = cookie;
 	last->seq = s->tcp.seq;
+	last->client = client;
 	last->sport = s->tcp.sport;
 	last->dport = s->tcp.dport;
 
@@ -529,7 +533,7 @@ __noinline int on_time_wait(struct __sk_buff *ctx, __u64 cookie, const struct se
 
 static __always_inline int on_syn(struct __sk_buff *ctx, __u64 cookie, struct segment *s)
 {
-	struct tcp_timewait_sock *wait;
+	struct tcp_timewait_sock *wait = 0;
 	struct bpf_sock *sk;
 	__u32 state, seq, recent;
 	long err;
@@ -543,13 +547,11 @@ static __always_inline int on_syn(struct __sk_buff *ctx, __u64 cookie, struct se
 		bpf_sk_release(sk);
 		return PASS_ON;
 	case BPF_TCP_TIME_WAIT:
-		wait = bpf_skc_to_tcp_timewait_sock(sk);
-		if (!wait) {
-			bpf_sk_release(sk);
-			break;
-		}
-		seq = wait->tw_sk.__tw_common.skc_tw_rcv_nxt;
-		recent = wait->tw_ts_recent;
+		// Not by bpf_skc_to_tcp_timewait_sock: it doesn't know the
+		// children of a listener that is in a sockhash.
+		bpf_probe_read_kernel(&wait, sizeof(wait), &sk);
+		seq = BPF_CORE_READ(wait, tw_sk.__tw_common.skc_tw_rcv_nxt);
+		recent = BPF_CORE_READ(wait, tw_ts_recent);
 		bpf_sk_release(sk);
 		return on_time_wait(ctx, cookie, s, seq, recent);
 	case BPF_TCP_NEW_SYN_RECV:
@@ -565,8 +567,6 @@ static __always_inline int on_syn(struct __sk_buff *ctx, __u64 cookie, struct se
 		failed(cookie, PLACE_TC_OWNER, err);
 		return TC_ACT_SHOT;
 	}
-	failed(cookie, PLACE_TC_OWNER, -ENOENT);
-	return TC_ACT_SHOT;
 }
 
 // is_assigned: another interface of the pod, on top of which this one lies, has
@@ -659,6 +659,11 @@ int shunt_tc(struct __sk_buff *ctx)
 		return TC_ACT_SHOT;
 	}
 	rule = inbound_rule(cookie, pod, s.port);
+	verdict = PASS_ON;
+	if (rule == RULE_IN_INCLUDE && syn && !s.fragment)
+		verdict = on_syn(ctx, cookie, &s);
+	if (verdict == TC_ACT_REDIRECT)
+		return verdict; // it comes round once more
 	if (syn)
 		count(c, rule);
 	if (rule != RULE_IN_INCLUDE)
@@ -668,11 +673,8 @@ int shunt_tc(struct __sk_buff *ctx)
 		failed(cookie, PLACE_TC_FRAGMENT, -EINVAL);
 		return TC_ACT_SHOT;
 	}
-	if (syn) {
-		verdict = on_syn(ctx, cookie, &s);
-		if (verdict != PASS_ON)
-			return verdict;
-	}
+	if (verdict != PASS_ON)
+		return verdict;
 	sk = find_listener(ctx, &s, pod);
 	if (!sk) {
 		failed(cookie, PLACE_LISTENER_NONE, -ENOENT);
