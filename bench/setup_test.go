@@ -110,6 +110,8 @@ func BenchmarkKernelProgramming(b *testing.B) {
 		}
 		timed("ebpf", func() error { return backend.Apply(b.Context(), target, pol) })
 		timed("ebpf-remove", func() error { return backend.Remove(b.Context(), target.Attachment) })
+		timed("tc", func() error { return backend.Via(loader.TC).Apply(b.Context(), target, pol) })
+		timed("tc-remove", func() error { return backend.Remove(b.Context(), target.Attachment) })
 
 		// The same once more, step by step.
 		var ns *loader.Netns
@@ -142,16 +144,18 @@ func BenchmarkKernelProgramming(b *testing.B) {
 		}
 		p.Destroy(b)
 	}
-	// As on a node in use, one pod is there already: the kernel patches its
-	// code when a hook gets its first program, and again when it loses its
-	// last.
-	first := testbed.NewPod(b, testbed.InWorld(w))
-	err := backend.Apply(b.Context(), redirect.Target{
-		Attachment: redirect.Attachment{ContainerID: first.ContainerID, IfName: "eth0"},
-		Netns:      first.NetnsPath(), Cgroup: first.CgroupPath(),
-	}, policy(b, first))
-	if err != nil {
-		b.Fatal(err)
+	// As on a node in use, one pod of each inbound hook is there already: the
+	// kernel patches its code when a hook gets its first program, and again
+	// when it loses its last.
+	for _, hook := range []loader.InboundHook{loader.SkLookup, loader.TC} {
+		first := testbed.NewPod(b, testbed.InWorld(w))
+		err := backend.Via(hook).Apply(b.Context(), redirect.Target{
+			Attachment: redirect.Attachment{ContainerID: first.ContainerID, IfName: "eth0"},
+			Netns:      first.NetnsPath(), Cgroup: first.CgroupPath(),
+		}, policy(b, first))
+		if err != nil {
+			b.Fatal(err)
+		}
 	}
 	turn() // warm caches
 	clear(steps)

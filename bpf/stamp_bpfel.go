@@ -4,7 +4,7 @@
 package bpf
 
 // Digest is the SHA-256 of the compiled object.
-const Digest = "6a4593746a012955bb3f5c317cce3e3d08d65a65e7996e44c7c0af7d4c727e94"
+const Digest = "a1bb1e72141160d9e86ffbc19200aa29438a1cc50628502d085270bc0a27c4e1"
 
 // stampCode is the program's instructions, with map descriptors of zero.
 const stampCode = "" +

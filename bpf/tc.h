@@ -600,6 +600,26 @@ static __always_inline struct bpf_sock *find_listener(struct __sk_buff *ctx, con
 	return find(ctx, &t, s->four);
 }
 
+// give_listener gives a packet the proxy's listener, by the errors of
+// bpf_sk_assign; -ENOENT: there is none. One that closes at the moment has left
+// others of its group, or its successor.
+__noinline int give_listener(struct __sk_buff *ctx, const struct segment *s, const struct pod *pod)
+{
+	struct bpf_sock *sk;
+	long err = -ENOENT;
+
+	if (!s || !pod)
+		return err;
+	for (int i = 0; i < 4 && err; i++) {
+		sk = find_listener(ctx, s, pod);
+		if (!sk)
+			return -ENOENT;
+		err = sk->state == BPF_TCP_LISTEN ? bpf_sk_assign(ctx, sk, 0) : -ENOENT;
+		bpf_sk_release(sk);
+	}
+	return err;
+}
+
 SEC("tc")
 int shunt_tc(struct __sk_buff *ctx)
 {
@@ -675,13 +695,7 @@ int shunt_tc(struct __sk_buff *ctx)
 	}
 	if (verdict != PASS_ON)
 		return verdict;
-	sk = find_listener(ctx, &s, pod);
-	if (!sk) {
-		failed(cookie, PLACE_LISTENER_NONE, -ENOENT);
-		return refuse(ctx, &s);
-	}
-	err = sk->state == BPF_TCP_LISTEN ? bpf_sk_assign(ctx, sk, 0) : -ENOENT;
-	bpf_sk_release(sk);
+	err = give_listener(ctx, &s, pod);
 	if (err) {
 		failed(cookie, err == -ENOENT ? PLACE_LISTENER_NONE : PLACE_LISTENER_ASSIGN, err);
 		return refuse(ctx, &s);

@@ -297,7 +297,7 @@ func (d *Datapath) wrongTC(r *Record) (wrong []string, err error) {
 	var n *Netns
 	var filters *tcFilters
 	for _, i := range r.Interfaces {
-		good := false
+		var good bool
 		switch {
 		case !i.Filter:
 			good, err = linkIsGood(tcLinkPath(d.netnsLinks(r.Cookie), i), prog, onInterface(i))
@@ -370,6 +370,8 @@ func ours(i TCInterface, prog fd) *netlink.BpfFilter {
 	}
 }
 
+var errForeignFilter = fmt.Errorf("priority %d, handle %#x has a filter that is not shunt's", tcPriority, tcHandle)
+
 // find gives our filter at an interface; nil without one. One of somebody else's
 // in its very place is an error.
 func (f *tcFilters) find(i TCInterface) (*netlink.BpfFilter, error) {
@@ -387,7 +389,7 @@ func (f *tcFilters) find(i TCInterface) (*netlink.BpfFilter, error) {
 		if b, ok := x.(*netlink.BpfFilter); ok && b.Name == bpf.ShuntProgShuntTc {
 			return b, nil
 		}
-		return nil, fmt.Errorf("priority %d, handle %#x has a filter that is not shunt's", tcPriority, tcHandle)
+		return nil, errForeignFilter
 	}
 	return nil, nil
 }
@@ -443,7 +445,7 @@ func removeFilters(r *Record, interfaces []TCInterface) error {
 		if err == nil && has != nil {
 			err = f.nl.FilterDel(ours(i, -1))
 		}
-		if err != nil {
+		if err != nil && !errors.Is(err, errForeignFilter) {
 			errs = append(errs, fmt.Errorf("remove the filter of interface %s: %w", i.Name, err))
 		}
 	}

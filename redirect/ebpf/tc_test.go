@@ -337,7 +337,9 @@ func TestPrivilegedTimeWaitStamps(t *testing.T) {
 				next := w.dialogueTo(d.dst, port)
 				next.seq, next.options = x.seq, stamp(x.stamp)
 				next.send(next.segment(syn, ""))
-				r, ok := next.receive(patience, func(r received) bool { return between(next.src, next.dst, ack)(r) && r.flags&fin == 0 && len(r.data) == 0 && (r.flags&syn != 0 || r.ack == d.seq) })
+				r, ok := next.receive(patience, func(r received) bool {
+					return between(next.src, next.dst, ack)(r) && r.flags&fin == 0 && len(r.data) == 0 && (r.flags&syn != 0 || r.ack == d.seq)
+				})
 				if opens := r.flags&syn != 0; !ok || opens != x.opens {
 					t.Errorf("%v: %s: answered by %+v, %v", own, x.name, r, ok)
 				}

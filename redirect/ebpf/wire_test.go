@@ -372,6 +372,9 @@ func (d *dialogue) end() {
 	d.ack++
 	d.send(d.segment(fin|ack, ""))
 	d.seq++
+	if _, ok := d.receive(patience, func(r received) bool { return between(d.src, d.dst, ack)(r) && r.ack == d.seq }); !ok {
+		d.t.Fatal("the proxy's end has not acknowledged the close")
+	}
 }
 
 // abort resets the connection.
