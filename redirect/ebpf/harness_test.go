@@ -71,22 +71,25 @@ var inboundHooks = []struct {
 
 // eachHook runs a test on a node of each inbound hook.
 func eachHook(t *testing.T, fn func(t *testing.T, n *node)) {
+	onHooks(t, fn, loader.SkLookup, loader.TC)
+}
+
+// eachTC runs a test on a node of each way to attach TC programs.
+func eachTC(t *testing.T, fn func(t *testing.T, n *node)) {
+	onHooks(t, fn, loader.TC)
+}
+
+func onHooks(t *testing.T, fn func(t *testing.T, n *node), hooks ...loader.InboundHook) {
 	for _, h := range inboundHooks {
+		if !slices.Contains(hooks, h.hook) {
+			continue
+		}
 		t.Run(h.name, func(t *testing.T) {
 			n := newNode(t, h.edit)
 			n.Backend = n.Via(h.hook)
 			fn(t, n)
 		})
 	}
-}
-
-// eachTC runs a test on a node of each way to attach TC programs.
-func eachTC(t *testing.T, fn func(t *testing.T, n *node)) {
-	eachHook(t, func(t *testing.T, n *node) {
-		if n.hook == loader.TC {
-			fn(t, n)
-		}
-	})
 }
 
 // pinned opens a pinned map of the datapath; nil when none is loaded.

@@ -92,6 +92,8 @@ func testListenerPlaces(t *testing.T, n *node) {
 			{"the pod's IPv4 address, then both wildcards", []string{"A4:15006", "[::]:15006"}, nil},
 			{"both wildcards, then the pod's IPv6 address", []string{"[::]:15006", "[A6]:15006"}, nil},
 			{"another port", []string{"[::]:15007"}, nil},
+			{"bound to eth0", []string{"[::]:15006"}, func(l *testbed.ListenSpec) { l.Device = "eth0" }},
+			{"bound to lo", []string{"[::]:15006"}, func(l *testbed.ListenSpec) { l.Device = "lo" }},
 		} {
 			compare(t, x, pods.name+"/"+places.name, func(t *testing.T, p *twin) (all []seen) {
 				proxy := p.Actor(t, "proxy", testbed.ProxyUID, testbed.ProxyGID)

@@ -123,6 +123,74 @@ func TestPrivilegedWrappings(t *testing.T) {
 	})
 }
 
+// TestPrivilegedRefusedOptions: what a kernel sends with IP options, and leaves the
+// checksum to hardware, is refused at once.
+func TestPrivilegedRefusedOptions(t *testing.T) {
+	begin(t)
+	eachHook(t, func(t *testing.T, n *node) {
+		p := n.redirect(t, testbed.NewPod(t), twinPolicy...)
+		p.StartApp(t, 8080)
+		for _, options := range []int{0, 0x00010101} { // three of no meaning, and the end
+			sock := p.World.Socket(t, testbed.SocketSpec{Family: 4})
+			if errno := p.World.SetsockoptInt(t, sock, unix.SOL_IP, unix.IP_OPTIONS, options); errno != "" {
+				t.Fatal(errno)
+			}
+			r := p.World.Connect(t, testbed.ConnectSpec{Sock: sock, Dst: at(p.Addr4(), 8080), Keep: true})
+			expect(t, fmt.Sprintf("options %#x", options), r, want{errno: "ECONNREFUSED"})
+			p.World.Close(t, sock)
+		}
+		p.expectFailures(t, bpf.ShuntPlacePLACE_LISTENER_NONE)
+	})
+}
+
+// TestPrivilegedSYNFlood: while SYNs that nobody follows up pour in, others are
+// served, and none by the app.
+func TestPrivilegedSYNFlood(t *testing.T) {
+	begin(t)
+	eachHook(t, func(t *testing.T, n *node) {
+		p := n.redirect(t, testbed.NewPod(t), twinPolicy...)
+		app := p.StartApp(t, 8080)
+		proxy := p.Actor(t, "proxy", testbed.ProxyUID, testbed.ProxyGID)
+		proxy.Listen(t, testbed.ListenSpec{Name: "in", Addr: ap("[::]:15006"), Backlog: 16})
+		w := newWire(t, p)
+		for _, own := range p.AllAddrs() {
+			for port := range 500 {
+				d := w.dialogueTo(at(own, 8080), uint16(10000+port))
+				d.send(d.segment(syn, ""))
+			}
+			for range 20 {
+				r := p.World.Connect(t, testbed.ConnectSpec{Dst: at(own, 8080), Abort: true})
+				if r.Listener() != "in" {
+					t.Fatalf("%v: %+v", own, see(r))
+				}
+			}
+		}
+		if cookies := p.Command(t, "grep", "TcpExt:", "/proc/self/net/netstat"); cookies == "" {
+			t.Error("no counters")
+		} else if sent := counter(t, cookies, "SyncookiesSent"); sent == "0" {
+			t.Error("no SYN cookie was sent")
+		}
+		for _, l := range app.Listeners[8080] {
+			if got := l.Accepted(t); len(got) > 0 {
+				t.Errorf("the app has accepted %d connections", len(got))
+			}
+		}
+		p.expectFailures(t)
+	})
+}
+
+// counter finds a value in the two lines of names and values of netstat.
+func counter(t *testing.T, lines, name string) string {
+	t.Helper()
+	names, values, _ := strings.Cut(lines, "\n")
+	i := slices.Index(strings.Fields(names), name)
+	if v := strings.Fields(values); i >= 0 && i < len(v) {
+		return v[i]
+	}
+	t.Fatalf("no counter %s in %q", name, lines)
+	return ""
+}
+
 // TestPrivilegedTaggedReset: the answer to a tagged frame has its tag.
 func TestPrivilegedTaggedReset(t *testing.T) {
 	begin(t)
