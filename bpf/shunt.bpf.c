@@ -913,13 +913,15 @@ static __always_inline void forget(__u64 cookie, const struct tuple *key)
 // LISTENER_KINDS: none, REDIRECT would not look there.
 static __always_inline __u32 listener_kind_of(struct bpf_sock_ops *ctx, const struct pod *pod)
 {
+	struct bpf_sock *bsk = ctx->sk;
 	struct addr a;
 
 	if (ctx->local_port != pod->inbound_port)
 		return LISTENER_KINDS;
+	if (bsk && bsk->bound_dev_if == LOOPBACK_IFINDEX)
+		return LISTENER_KINDS;
 	a = ctx->family == AF_INET ? mapped(ctx->local_ip4) : words(ctx->local_ip6);
 	if (is_zero(&a)) {
-		struct bpf_sock *bsk = ctx->sk;
 		struct sock *sk = bsk ? (struct sock *)bpf_skc_to_tcp_sock(bsk) : 0;
 
 		return sk && BPF_CORE_READ_BITFIELD(&sk->__sk_common, skc_ipv6only) ? LISTENER_ONLY6 : LISTENER_ANY6;

@@ -4,7 +4,7 @@
 package bpf
 
 // Digest is the SHA-256 of the compiled object.
-const Digest = "a1bb1e72141160d9e86ffbc19200aa29438a1cc50628502d085270bc0a27c4e1"
+const Digest = "2dcd934334c620144f8d332cbae869d5c20d00406e923132e2dd2c6814c2bd4d"
 
 // stampCode is the program's instructions, with map descriptors of zero.
 const stampCode = "" +
