@@ -110,6 +110,9 @@ func BenchmarkKernelProgramming(b *testing.B) {
 		}
 		timed("ebpf", func() error { return backend.Apply(b.Context(), target, pol) })
 		timed("ebpf-remove", func() error { return backend.Remove(b.Context(), target.Attachment) })
+		target.Hook = redirect.HookTC
+		timed("tc", func() error { return backend.Apply(b.Context(), target, pol) })
+		timed("tc-remove", func() error { return backend.Remove(b.Context(), target.Attachment) })
 
 		// The same once more, step by step.
 		var ns *loader.Netns
@@ -142,16 +145,19 @@ func BenchmarkKernelProgramming(b *testing.B) {
 		}
 		p.Destroy(b)
 	}
-	// As on a node in use, one pod is there already: the kernel patches its
-	// code when a hook gets its first program, and again when it loses its
-	// last.
-	first := testbed.NewPod(b, testbed.InWorld(w))
-	err := backend.Apply(b.Context(), redirect.Target{
-		Attachment: redirect.Attachment{ContainerID: first.ContainerID, IfName: "eth0"},
-		Netns:      first.NetnsPath(), Cgroup: first.CgroupPath(),
-	}, policy(b, first))
-	if err != nil {
-		b.Fatal(err)
+	// As on a node in use, one pod of each inbound hook is there already: the
+	// kernel patches its code when a hook gets its first program, and again
+	// when it loses its last.
+	for _, hook := range []redirect.Hook{redirect.HookSkLookup, redirect.HookTC} {
+		first := testbed.NewPod(b, testbed.InWorld(w))
+		err := backend.Apply(b.Context(), redirect.Target{
+			Hook:       hook,
+			Attachment: redirect.Attachment{ContainerID: first.ContainerID, IfName: "eth0"},
+			Netns:      first.NetnsPath(), Cgroup: first.CgroupPath(),
+		}, policy(b, first))
+		if err != nil {
+			b.Fatal(err)
+		}
 	}
 	turn() // warm caches
 	clear(steps)

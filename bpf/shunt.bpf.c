@@ -108,6 +108,7 @@ enum pod_flag {
 	POD_IN_PORTS = 1 << 4,      // the ports map has inbound entries
 	POD_NO_OUT_LOCAL = 1 << 5,  // an include CIDR is loopback: no out-local rules
 	POD_DNS = 1 << 6,           // DNS capture
+	POD_IN_TC = 1 << 15,        // TC is the inbound hook: registered listeners aren't used
 };
 
 // One pod's policy, less its lists.
@@ -201,6 +202,10 @@ enum place {
 	PLACE_LISTENER_ASSIGN,   // the kernel refused the listener for a connection: connection refused
 	PLACE_GETSOCKOPT_LOST,   // SO_ORIGINAL_DST asked where it is lost: the question fails
 	PLACE_NO_POD,            // a program ran for a pod without an entry: refused
+	PLACE_TC_UNREADABLE,     // TC: a packet that may hide a TCP header: dropped
+	PLACE_TC_FRAGMENT,       // TC: the first fragment of a segment that belongs to no connection: dropped
+	PLACE_TC_OWNER,          // TC: the socket that a SYN hits could not be given it: dropped
+	PLACE_TC_REOPEN,         // TC: a connection in TIME_WAIT could not be cleared out of a SYN's way: dropped
 	PLACE_COUNT,
 };
 
@@ -547,6 +552,17 @@ static __always_inline enum rule outbound_rule(__u64 cookie, const struct pod *p
 __noinline int decide_outbound(__u64 cookie, const struct pod *pod, const struct flow *f)
 {
 	return pod && f ? outbound_rule(cookie, pod, f) : RULE_NONE;
+}
+
+static __always_inline enum rule inbound_rule(__u64 cookie, const struct pod *pod, __u16 port)
+{
+	__u32 listed = (pod->flags & POD_IN_PORTS) ? port_flags(cookie, DIR_IN, port) : 0;
+
+	if (port == pod->tunnel_port)
+		return RULE_IN_TUNNEL;
+	if (pod->flags & POD_IN_ALL)
+		return (listed & PORT_EXCLUDE) ? RULE_IN_EXCLUDE_PORT : RULE_IN_INCLUDE;
+	return (listed & PORT_INCLUDE) ? RULE_IN_INCLUDE : RULE_IN_DEFAULT;
 }
 
 // target_port gives the proxy's port for a rule, 0 for a direct connection.
@@ -907,13 +923,15 @@ static __always_inline void forget(__u64 cookie, const struct tuple *key)
 // LISTENER_KINDS: none, REDIRECT would not look there.
 static __always_inline __u32 listener_kind_of(struct bpf_sock_ops *ctx, const struct pod *pod)
 {
+	struct bpf_sock *bsk = ctx->sk;
 	struct addr a;
 
 	if (ctx->local_port != pod->inbound_port)
 		return LISTENER_KINDS;
+	if (bsk && bsk->bound_dev_if == LOOPBACK_IFINDEX)
+		return LISTENER_KINDS;
 	a = ctx->family == AF_INET ? mapped(ctx->local_ip4) : words(ctx->local_ip6);
 	if (is_zero(&a)) {
-		struct bpf_sock *bsk = ctx->sk;
 		struct sock *sk = bsk ? (struct sock *)bpf_skc_to_tcp_sock(bsk) : 0;
 
 		return sk && BPF_CORE_READ_BITFIELD(&sk->__sk_common, skc_ipv6only) ? LISTENER_ONLY6 : LISTENER_ANY6;
@@ -984,10 +1002,12 @@ __noinline int on_listen(struct bpf_sock_ops *ctx, __u64 cookie, __u32 kind)
 {
 	struct listener_key key = { .cookie = cookie };
 	struct pod_state *c;
+	struct pod *pod;
 	long err = -EEXIST;
 
+	pod = bpf_map_lookup_elem(&pods, &cookie);
 	c = bpf_map_lookup_elem(&states, &cookie);
-	if (!c)
+	if (!pod || !c)
 		return failed(cookie, PLACE_NO_POD, -ENOENT);
 	for (int i = 0; i < FIRST_SLOTS && err == -EEXIST; i++) {
 		key.place = kind * SLOTS + i;
@@ -998,8 +1018,10 @@ __noinline int on_listen(struct bpf_sock_ops *ctx, __u64 cookie, __u32 kind)
 			    __sync_fetch_and_add(&c->listens, 1) % (SLOTS - FIRST_SLOTS);
 		err = bpf_sock_hash_update(ctx, &listeners, &key, BPF_ANY);
 	}
+	// TC needs no registration: it is for the day on which the pod goes back to
+	// sk_lookup.
 	if (err)
-		return failed(cookie, PLACE_LISTENER_REGISTER, err);
+		return (pod->flags & POD_IN_TC) ? 0 : failed(cookie, PLACE_LISTENER_REGISTER, err);
 	if (key.place < LISTENER_KINDS * SLOTS)
 		c->listeners[key.place] = bpf_get_socket_cookie(ctx);
 	set_state_callbacks(ctx, true);
@@ -1351,7 +1373,6 @@ int shunt_sk_lookup(struct bpf_sk_lookup *ctx)
 	enum rule rule;
 	__u32 zero = 0;
 	__u64 cookie;
-	__u32 listed;
 	bool four;
 	long err;
 
@@ -1385,13 +1406,7 @@ int shunt_sk_lookup(struct bpf_sk_lookup *ctx)
 	if (is_local(cookie, &remote))
 		return SK_PASS;
 
-	listed = (pod->flags & POD_IN_PORTS) ? port_flags(cookie, DIR_IN, ctx->local_port) : 0;
-	if (ctx->local_port == pod->tunnel_port)
-		rule = RULE_IN_TUNNEL;
-	else if (pod->flags & POD_IN_ALL)
-		rule = (listed & PORT_EXCLUDE) ? RULE_IN_EXCLUDE_PORT : RULE_IN_INCLUDE;
-	else
-		rule = (listed & PORT_INCLUDE) ? RULE_IN_INCLUDE : RULE_IN_DEFAULT;
+	rule = inbound_rule(cookie, pod, ctx->local_port);
 	count(c, rule);
 	if (rule != RULE_IN_INCLUDE)
 		return SK_PASS;
@@ -1412,3 +1427,5 @@ int shunt_sk_lookup(struct bpf_sk_lookup *ctx)
 	}
 	return SK_PASS;
 }
+
+#include "tc.h"

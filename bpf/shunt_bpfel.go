@@ -110,7 +110,11 @@ const (
 	ShuntPlacePLACE_LISTENER_ASSIGN   ShuntPlace = 12
 	ShuntPlacePLACE_GETSOCKOPT_LOST   ShuntPlace = 13
 	ShuntPlacePLACE_NO_POD            ShuntPlace = 14
-	ShuntPlacePLACE_COUNT             ShuntPlace = 15
+	ShuntPlacePLACE_TC_UNREADABLE     ShuntPlace = 15
+	ShuntPlacePLACE_TC_FRAGMENT       ShuntPlace = 16
+	ShuntPlacePLACE_TC_OWNER          ShuntPlace = 17
+	ShuntPlacePLACE_TC_REOPEN         ShuntPlace = 18
+	ShuntPlacePLACE_COUNT             ShuntPlace = 19
 )
 
 type ShuntPod struct {
@@ -143,6 +147,7 @@ const (
 	ShuntPodFlagPOD_IN_PORTS      ShuntPodFlag = 16
 	ShuntPodFlagPOD_NO_OUT_LOCAL  ShuntPodFlag = 32
 	ShuntPodFlagPOD_DNS           ShuntPodFlag = 64
+	ShuntPodFlagPOD_IN_TC         ShuntPodFlag = 32768
 )
 
 type ShuntPodState struct {
@@ -167,6 +172,16 @@ type ShuntPortKey struct {
 	Cookie    [2]uint32
 	Direction uint16
 	Port      uint16
+}
+
+type ShuntReopened struct {
+	_      structs.HostLayout
+	Cookie uint64
+	Seq    uint32
+	Client uint32
+	Sport  uint16
+	Dport  uint16
+	Pad    uint32
 }
 
 type ShuntRule uint32
@@ -247,6 +262,7 @@ const (
 	ShuntMapListeners          = "listeners"
 	ShuntMapPods               = "pods"
 	ShuntMapPorts              = "ports"
+	ShuntMapReopens            = "reopens"
 	ShuntMapSlots              = "slots"
 	ShuntMapSockets            = "sockets"
 	ShuntMapStamps             = "stamps"
@@ -260,6 +276,7 @@ const (
 	ShuntProgShuntSkLookup     = "shunt_sk_lookup"
 	ShuntProgShuntSockops      = "shunt_sockops"
 	ShuntProgShuntStamp        = "shunt_stamp"
+	ShuntProgShuntTc           = "shunt_tc"
 	ShuntVarHaveMptcp          = "have_mptcp"
 	ShuntVarHaveSetRetval      = "have_set_retval"
 	ShuntVarInflightLimit      = "inflight_limit"
@@ -324,6 +341,7 @@ type ShuntProgramSpecs struct {
 	ShuntSkLookup     *ebpf.ProgramSpec `ebpf:"shunt_sk_lookup"`
 	ShuntSockops      *ebpf.ProgramSpec `ebpf:"shunt_sockops"`
 	ShuntStamp        *ebpf.ProgramSpec `ebpf:"shunt_stamp"`
+	ShuntTc           *ebpf.ProgramSpec `ebpf:"shunt_tc"`
 }
 
 // ShuntMapSpecs contains maps before they are loaded into the kernel.
@@ -336,6 +354,7 @@ type ShuntMapSpecs struct {
 	Listeners *ebpf.MapSpec `ebpf:"listeners"`
 	Pods      *ebpf.MapSpec `ebpf:"pods"`
 	Ports     *ebpf.MapSpec `ebpf:"ports"`
+	Reopens   *ebpf.MapSpec `ebpf:"reopens"`
 	Slots     *ebpf.MapSpec `ebpf:"slots"`
 	Sockets   *ebpf.MapSpec `ebpf:"sockets"`
 	Stamps    *ebpf.MapSpec `ebpf:"stamps"`
@@ -385,6 +404,7 @@ type ShuntMaps struct {
 	Listeners *ebpf.Map `ebpf:"listeners"`
 	Pods      *ebpf.Map `ebpf:"pods"`
 	Ports     *ebpf.Map `ebpf:"ports"`
+	Reopens   *ebpf.Map `ebpf:"reopens"`
 	Slots     *ebpf.Map `ebpf:"slots"`
 	Sockets   *ebpf.Map `ebpf:"sockets"`
 	Stamps    *ebpf.Map `ebpf:"stamps"`
@@ -399,6 +419,7 @@ func (m *ShuntMaps) Close() error {
 		m.Listeners,
 		m.Pods,
 		m.Ports,
+		m.Reopens,
 		m.Slots,
 		m.Sockets,
 		m.Stamps,
@@ -436,6 +457,7 @@ type ShuntPrograms struct {
 	ShuntSkLookup     *ebpf.Program `ebpf:"shunt_sk_lookup"`
 	ShuntSockops      *ebpf.Program `ebpf:"shunt_sockops"`
 	ShuntStamp        *ebpf.Program `ebpf:"shunt_stamp"`
+	ShuntTc           *ebpf.Program `ebpf:"shunt_tc"`
 }
 
 func (p *ShuntPrograms) Close() error {
@@ -449,6 +471,7 @@ func (p *ShuntPrograms) Close() error {
 		p.ShuntSkLookup,
 		p.ShuntSockops,
 		p.ShuntStamp,
+		p.ShuntTc,
 	)
 }
 

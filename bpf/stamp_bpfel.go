@@ -4,7 +4,7 @@
 package bpf
 
 // Digest is the SHA-256 of the compiled object.
-const Digest = "211941518aa3adaea05de943fcd5fde3a4a16f6a1dc7663338484f486c9c31d4"
+const Digest = "3502f5546942ce1f94c43dc2c5ba0bd624763519d51c81fe55458630bffeddde"
 
 // stampCode is the program's instructions, with map descriptors of zero.
 const stampCode = "" +

@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"reflect"
+	"slices"
 	"strconv"
 
 	"github.com/cilium/ebpf"
@@ -57,6 +58,8 @@ type Target struct {
 	Cgroup  string // directory of the pod's own cgroup in cgroup2
 	// Running: processes of the pod may run already, and have sockets open.
 	Running bool
+	// InboundHook is SkLookup, if it is empty.
+	InboundHook InboundHook
 }
 
 // Attach programs a pod by rules. Repeating it mends what is missing and
@@ -72,7 +75,7 @@ func (d *Datapath) Attach(t Target, rules Rules) (err error) {
 	r := &Record{
 		ID: t.ID, Network: t.Network, Pod: t.Pod, Build: filepath.Base(d.dir),
 		Cookie: t.Netns.Cookie, NetnsIno: t.Netns.Inode, Netns: t.Netns.path,
-		Cgroup: t.Cgroup, CgroupID: cgroupID, Rules: rules,
+		Cgroup: t.Cgroup, CgroupID: cgroupID, Rules: rules, InboundHook: t.InboundHook,
 	}
 	if r.Epoch, err = d.epoch(r.Build); err != nil {
 		return err
@@ -88,11 +91,14 @@ func (d *Datapath) Attach(t Target, rules Rules) (err error) {
 		}
 		old = nil
 	}
+	if err := d.planTC(r, t.Netns, old); err != nil {
+		return err
+	}
 
 	// From here on the record says what may have been done.
 	defer func() {
 		if err != nil {
-			err = d.takeBack(err, old, r)
+			err = d.takeBack(err, old, r, t.Netns)
 		}
 	}()
 	if err := d.writeRecord(r); err != nil {
@@ -124,24 +130,47 @@ func (d *Datapath) Attach(t Target, rules Rules) (err error) {
 		return err
 	}
 	if t.Running { // by now no listener can come that the hooks don't see
-		if err := d.adoptListeners(r, t.Netns); err != nil {
+		if err := d.adoptListeners(r, t.Netns); err != nil && r.InboundHook != TC { // which finds them itself
 			return err
 		}
 	}
-	return d.linkNetns(r, t.Netns.fd)
+	return d.linkInbound(r, t.Netns)
+}
+
+// linkInbound makes sure of the inbound hook. One that the pod had before goes
+// when the new one is whole.
+func (d *Datapath) linkInbound(r *Record, n *Netns) error {
+	if r.InboundHook == TC {
+		if err := d.linkTC(r, n); err != nil {
+			return err
+		}
+		if err := d.unlinkSkLookup(r); err != nil {
+			return err
+		}
+	} else if err := d.linkNetns(r, n.fd); err != nil {
+		return err
+	}
+	return d.leave(r)
 }
 
 // takeBack undoes an attachment that failed by err, of which old, if any, was
 // there before: a pod that runs must not lose its redirection by an attempt to
 // change it.
-func (d *Datapath) takeBack(err error, old, r *Record) error {
+func (d *Datapath) takeBack(err error, old, r *Record, n *Netns) error {
 	if old == nil {
 		return notUndone(err, d.undo(r))
 	}
+	back := *old
+	for _, i := range slices.Concat(r.Interfaces, r.Leaving) {
+		if !slices.Contains(back.Interfaces, i) && !slices.Contains(back.Leaving, i) {
+			back.Leaving = append(slices.Clip(back.Leaving), i)
+		}
+	}
 	return notUndone(err, errors.Join(
-		d.writeRecord(old),
-		d.writeRules(old),
-		d.removeRules(old.Cookie, stale(&r.Rules, &old.Rules)),
+		d.writeRecord(&back),
+		d.writeRules(&back),
+		d.removeRules(back.Cookie, stale(&r.Rules, &back.Rules)),
+		d.linkInbound(&back, n),
 	))
 }
 
@@ -553,6 +582,7 @@ func (d *Datapath) detach(r *Record) error {
 	if !sharedNetns {
 		// The one that decides goes first: without a stamp it refuses.
 		dir := d.netnsLinks(r.Cookie)
+		errs = append(errs, d.unlinkAllTC(r))
 		if err := d.unlinkAll(dir, skLookupLink, stampLink); err != nil {
 			errs = append(errs, err)
 		} else {
@@ -737,7 +767,11 @@ func (d *Datapath) checkLinks(r *Record) error {
 			errs = append(errs, fmt.Errorf("%v is not attached to the pod's cgroup %s", h.attach, r.Cgroup))
 		}
 	}
-	wrong, err := d.wrongNetnsLinks(r)
+	inbound := d.wrongNetnsLinks
+	if r.InboundHook == TC {
+		inbound = d.wrongTC
+	}
+	wrong, err := inbound(r)
 	errs = append(errs, err)
 	for _, w := range wrong {
 		errs = append(errs, errors.New(w))

@@ -31,6 +31,9 @@ type Options struct {
 	// at the load.
 	InflightLimit uint32
 
+	// NoTCX has TC programs attached as on a kernel without TCX links.
+	NoTCX bool
+
 	maxPrefixes uint32 // of the prefix maps, for tests of full ones
 }
 
@@ -289,10 +292,8 @@ func (d *Datapath) loadObjects() (*bpf.ShuntObjects, error) {
 				return nil, err
 			}
 		}
-		if d.opts.maxPrefixes != 0 {
-			spec.Maps[bpf.ShuntMapDests].MaxEntries = d.opts.maxPrefixes
-			spec.Maps[bpf.ShuntMapPorts].MaxEntries = d.opts.maxPrefixes
-		}
+		d.sizeMaps(spec)
+		withoutTC(spec)
 		objs := new(bpf.ShuntObjects)
 		if err = spec.LoadAndAssign(objs, nil); err == nil {
 			return objs, nil
@@ -310,4 +311,11 @@ func (d *Datapath) loadObjects() (*bpf.ShuntObjects, error) {
 		}
 	}
 	return nil, classify(first)
+}
+
+func (d *Datapath) sizeMaps(spec *ebpf.CollectionSpec) {
+	if d.opts.maxPrefixes != 0 {
+		spec.Maps[bpf.ShuntMapDests].MaxEntries = d.opts.maxPrefixes
+		spec.Maps[bpf.ShuntMapPorts].MaxEntries = d.opts.maxPrefixes
+	}
 }

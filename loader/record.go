@@ -45,6 +45,11 @@ type Record struct {
 	Cgroup   string // path, for messages and CHECK
 	CgroupID uint64
 
+	InboundHook InboundHook
+	// Interfaces have the TC program; Leaving are those that may have it still.
+	Interfaces []TCInterface
+	Leaving    []TCInterface
+
 	Rules Rules
 }
 
@@ -135,6 +140,21 @@ func (r *Record) encode() []byte {
 	str(`,"Netns":`, r.Netns)
 	str(`,"Cgroup":`, r.Cgroup)
 	num(`,"CgroupID":`, r.CgroupID)
+	if r.InboundHook != "" {
+		str(`,"InboundHook":`, string(r.InboundHook))
+	}
+	interfaces := func(key string, list []TCInterface) {
+		for i, x := range list {
+			num(key+`{"Index":`, uint64(x.Index))
+			str(`,"Name":`, x.Name)
+			b = append(strconv.AppendBool(append(b, `,"Filter":`...), x.Filter), '}')
+			if key = ","; i == len(list)-1 {
+				b = append(b, ']')
+			}
+		}
+	}
+	interfaces(`,"Interfaces":[`, r.Interfaces)
+	interfaces(`,"Leaving":[`, r.Leaving)
 	num(`,"Rules":{"UID":`, uint64(r.Rules.UID))
 	num(`,"GID":`, uint64(r.Rules.GID))
 	num(`,"OutboundPort":`, uint64(r.Rules.OutboundPort))

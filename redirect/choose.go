@@ -155,9 +155,6 @@ func unserved(p *Policy) (list Reasons) {
 	return list
 }
 
-// ErrNoTC says that the inbound hook tc is asked for.
-var ErrNoTC = errors.New("inbound hook tc is asked for, which this build does not have: use sk_lookup, or auto")
-
 // Choose says how a pod is to be redirected: as datapath and hook, the netconf's
 // keys, ask; where those say Auto, as the pod's annotations do; else by eBPF,
 // unless the pod needs what that does not serve.
@@ -176,9 +173,6 @@ func Choose(datapath, hook string, pod *Pod, policy *Policy) (Choice, error) {
 	c := Choice{Datapath: EBPF, Hook: HookSkLookup, Fallback: datapath == Auto}
 	if hook != Auto {
 		c.Hook = Hook(hook)
-	}
-	if c.Hook == HookTC {
-		return Choice{}, ErrNoTC
 	}
 	list := unserved(policy)
 	switch {

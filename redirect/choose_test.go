@@ -37,8 +37,10 @@ func TestChoose(t *testing.T) {
 		{name: "iptables by annotation", pod: []string{KeyDatapath, "iptables"}, want: iptables(ReasonAnnotation, "shunt.dev/datapath iptables (annotation)")},
 		{name: "iptables has no hook", datapath: "iptables", hook: "tc", want: iptables(ReasonConfigured, "datapath iptables (netconf)")},
 		{name: "iptables serves every need", datapath: "iptables", policy: func(p *Policy) { p.RuntimeClass = "kata" }, want: iptables(ReasonConfigured, "datapath iptables (netconf)")},
-		{name: "tc", hook: "tc", errors: []string{"inbound hook tc"}},
-		{name: "tc by annotation", pod: []string{KeyInboundHook, "tc"}, errors: []string{"inbound hook tc"}},
+		{name: "tc", hook: "tc", want: Choice{Datapath: EBPF, Hook: HookTC, Fallback: true, Reasons: Reasons{{ReasonConfigured, "inboundHook tc (netconf)"}}}},
+		{name: "tc by annotation", pod: []string{KeyInboundHook, "tc"}, want: Choice{
+			Datapath: EBPF, Hook: HookTC, Fallback: true, Reasons: Reasons{{ReasonAnnotation, "shunt.dev/inbound-hook tc (annotation)"}},
+		}},
 		// The annotation stands in for auto only.
 		{name: "configuration wins", datapath: "ebpf", hook: "sk_lookup", pod: []string{KeyDatapath, "iptables", KeyInboundHook, "tc"}, want: ebpf(ReasonConfigured, "datapath ebpf (netconf)")},
 		{name: "malformed", pod: []string{KeyDatapath, "", KeyInboundHook, "auto"}, errors: []string{

@@ -24,6 +24,8 @@ type Target struct {
 	Cgroup   string
 	NoCgroup error
 	Pod      PodRef
+	// Hook is where eBPF is to take inbound connections; empty: sk_lookup.
+	Hook Hook
 	// Running: processes of the pod may run already; their sockets are
 	// reckoned with.
 	Running bool

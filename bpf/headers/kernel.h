@@ -30,11 +30,37 @@ struct socket {
 
 struct sock_common {
 	unsigned char skc_ipv6only : 1;
+	__u32 skc_tw_rcv_nxt;
 };
 
 struct sock {
 	struct sock_common __sk_common;
 	struct socket *sk_socket;
+};
+
+struct inet_timewait_sock {
+	struct sock_common __tw_common;
+};
+
+struct tcp_timewait_sock {
+	struct inet_timewait_sock tw_sk;
+	__u32 tw_ts_recent;
+};
+
+struct net {
+	__u64 net_cookie;
+};
+
+typedef struct {
+	struct net *net;
+} possible_net_t;
+
+struct net_device {
+	possible_net_t nd_net;
+};
+
+struct sk_buff {
+	struct net_device *dev;
 };
 
 #pragma clang attribute pop

@@ -100,7 +100,7 @@ func TestProcessErrors(t *testing.T) {
 		{"no netns", conf, append(attachment("ADD", pod), "CNI_NETNS="), 4, "CNI_NETNS"},
 		{"command", conf, attachment("UPDATE", pod), 4, "UPDATE"},
 		{"GC without a list", conf, []string{"CNI_COMMAND=GC", "CNI_PATH=/x"}, 7, "cni.dev/valid-attachments is missing"},
-		{"STATUS", strings.Replace(conf, "{", `{"inboundHook":"tc",`, 1), []string{"CNI_COMMAND=STATUS", "CNI_PATH=/x"}, 50, "inboundHook: inbound hook tc"},
+		{"STATUS", strings.Replace(conf, "{", `{"datapath":"ebpf","cgroupRoot":"/proc",`, 1), []string{"CNI_COMMAND=STATUS", "CNI_PATH=/x"}, 50, "no cgroup2: cgroupRoot: /proc"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			start := time.Now()

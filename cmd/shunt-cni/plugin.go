@@ -343,9 +343,6 @@ func (p *plugin) status(args *skel.CmdArgs) error {
 		return err
 	}
 	log := newLog(p.stderr, conf.LogLevel).With("command", "STATUS")
-	if conf.InboundHook == string(redirect.HookTC) && conf.Datapath != string(redirect.Iptables) {
-		return fail(types.ErrPluginNotAvailable, "inboundHook: %v", redirect.ErrNoTC)
-	}
 	datapath := conf.Datapath
 	if _, err := p.cgroupRoot(conf.CgroupRoot); err != nil {
 		if datapath == string(redirect.EBPF) {

@@ -319,6 +319,7 @@ func TestAddChoice(t *testing.T) {
 	}{
 		{`"datapath":"auto"`, meshed(), redirect.Choice{Datapath: redirect.EBPF, Hook: redirect.HookSkLookup, Fallback: true}},
 		{`"datapath":"ebpf"`, meshed(), redirect.Choice{Datapath: redirect.EBPF, Hook: redirect.HookSkLookup}},
+		{`"inboundHook":"tc"`, meshed(), redirect.Choice{Datapath: redirect.EBPF, Hook: redirect.HookTC, Fallback: true}},
 		{`"inboundHook":"sk_lookup"`, meshed(redirect.KeyDatapath, "iptables"), redirect.Choice{Datapath: redirect.Iptables}},
 	} {
 		b := newBed(t)
@@ -679,7 +680,6 @@ func TestStatus(t *testing.T) {
 		{name: "iptables needs no cgroup2", conf: []string{`"datapath":"iptables"`}, prepare: func(b *bed) {
 			b.cgroupRoot = func(string) (string, error) { return "", errors.New("cgroup2 is mounted nowhere") }
 		}, logged: "pods of the mesh can't be set up now"},
-		{name: "tc", conf: []string{`"inboundHook":"tc"`}, code: 50, want: "inboundHook: inbound hook tc is asked for"},
 		{name: "no cgroup2", prepare: func(b *bed) {
 			b.cgroupRoot = func(string) (string, error) { return "", errors.New("cgroup2 is mounted nowhere") }
 		}, logged: "msg=\"pods are redirected by iptables\" command=STATUS reason=no-cgroup2 error=\"cgroup2 is mounted nowhere"},

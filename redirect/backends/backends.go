@@ -73,6 +73,7 @@ func New(opts Options) *Backends {
 // is as it was; a new one has nothing.
 func (b *Backends) Apply(ctx context.Context, t redirect.Target, p *redirect.Policy, c redirect.Choice) (redirect.Choice, error) {
 	if c.Datapath == redirect.EBPF {
+		t.Hook = c.Hook
 		err := b.ebpf.Apply(ctx, t, p)
 		if err == nil {
 			return c, b.yield(ctx, t.Attachment)

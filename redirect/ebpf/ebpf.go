@@ -53,6 +53,7 @@ func (b *Backend) Apply(ctx context.Context, t redirect.Target, p *redirect.Poli
 	defer d.Close()
 	return d.Attach(loader.Target{
 		ID: id(t.Attachment), Network: t.Network, Pod: loader.PodRef(t.Pod), Netns: ns, Cgroup: t.Cgroup, Running: t.Running,
+		InboundHook: loader.InboundHook(t.Hook),
 	}, rules)
 }
 

@@ -45,6 +45,7 @@ func begin(t *testing.T) {
 // the test ends, nothing of any pod may be left in it.
 type node struct {
 	*Backend
+	hook redirect.Hook // of its pods
 }
 
 func newNode(t testing.TB, edit ...func(*loader.Options)) *node {
@@ -53,9 +54,43 @@ func newNode(t testing.TB, edit ...func(*loader.Options)) *node {
 	for _, e := range edit {
 		e(&opts)
 	}
-	n := &node{New(opts)}
+	n := &node{Backend: New(opts)}
 	t.Cleanup(func() { n.checkEmpty(t) })
 	return n
+}
+
+// inboundHooks are the ways in which a pod's inbound connections are turned.
+var inboundHooks = []struct {
+	name string
+	hook redirect.Hook
+	edit func(*loader.Options)
+}{
+	{"sk_lookup", redirect.HookSkLookup, func(*loader.Options) {}},
+	{"tcx", redirect.HookTC, func(*loader.Options) {}},
+	{"clsact", redirect.HookTC, func(o *loader.Options) { o.NoTCX = true }},
+}
+
+// eachHook runs a test on a node of each inbound hook.
+func eachHook(t *testing.T, fn func(t *testing.T, n *node)) {
+	onHooks(t, fn, redirect.HookSkLookup, redirect.HookTC)
+}
+
+// eachTC runs a test on a node of each way to attach TC programs.
+func eachTC(t *testing.T, fn func(t *testing.T, n *node)) {
+	onHooks(t, fn, redirect.HookTC)
+}
+
+func onHooks(t *testing.T, fn func(t *testing.T, n *node), hooks ...redirect.Hook) {
+	for _, h := range inboundHooks {
+		if !slices.Contains(hooks, h.hook) {
+			continue
+		}
+		t.Run(h.name, func(t *testing.T) {
+			n := newNode(t, h.edit)
+			n.hook = h.hook
+			fn(t, n)
+		})
+	}
 }
 
 // pinned opens a pinned map of the datapath; nil when none is loaded.
@@ -164,7 +199,7 @@ func (n *node) redirectBy(t testing.TB, cfg redirect.Config, p *testbed.Pod, mut
 		Attachment: redirect.Attachment{ContainerID: p.ContainerID, IfName: "eth0"},
 		Netns:      p.NetnsPath(), Cgroup: p.CgroupPath(),
 		Pod:   redirect.PodRef{Namespace: p.Namespace, Name: p.Name, UID: p.UID},
-		Addrs: p.AllAddrs(),
+		Addrs: p.AllAddrs(), Hook: n.hook,
 	}
 	if err := n.Apply(t.Context(), x.target, policy); err != nil {
 		t.Fatalf("apply: %v", err)

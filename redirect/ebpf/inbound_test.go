@@ -13,13 +13,17 @@ import (
 
 	"shunt.dev/shunt/bpf"
 	"shunt.dev/shunt/internal/testbed"
+	"shunt.dev/shunt/redirect"
 )
 
 // TestPrivilegedTimeWait: a client that reuses its source port while the old
 // connection is in TIME_WAIT at the proxy is accepted at once.
 func TestPrivilegedTimeWait(t *testing.T) {
 	begin(t)
-	n := newNode(t)
+	eachHook(t, testTimeWait)
+}
+
+func testTimeWait(t *testing.T, n *node) {
 	w := testbed.NewWorld(t)
 	p := n.redirect(t, testbed.NewPod(t, testbed.InWorld(w)), twinPolicy...)
 	c := newCast(t, p, []uint16{8080}, testbed.ShapeListeners(func(l *testbed.ListenSpec) { l.CloseFirst = true }))
@@ -52,7 +56,10 @@ func TestPrivilegedTimeWait(t *testing.T) {
 // where REDIRECT would find one: at the wildcard or at the pod's first address.
 func TestPrivilegedListenerPlaces(t *testing.T) {
 	begin(t)
-	n := newNode(t)
+	eachHook(t, testListenerPlaces)
+}
+
+func testListenerPlaces(t *testing.T, n *node) {
 	v6only := func(l *testbed.ListenSpec) { l.V6Only = true }
 	for _, pods := range []struct {
 		name string
@@ -85,6 +92,8 @@ func TestPrivilegedListenerPlaces(t *testing.T) {
 			{"the pod's IPv4 address, then both wildcards", []string{"A4:15006", "[::]:15006"}, nil},
 			{"both wildcards, then the pod's IPv6 address", []string{"[::]:15006", "[A6]:15006"}, nil},
 			{"another port", []string{"[::]:15007"}, nil},
+			{"bound to eth0", []string{"[::]:15006"}, func(l *testbed.ListenSpec) { l.Device = "eth0" }},
+			{"bound to lo", []string{"[::]:15006"}, func(l *testbed.ListenSpec) { l.Device = "lo" }},
 		} {
 			compare(t, x, pods.name+"/"+places.name, func(t *testing.T, p *twin) (all []seen) {
 				proxy := p.Actor(t, "proxy", testbed.ProxyUID, testbed.ProxyGID)
@@ -170,7 +179,10 @@ func (c *crowd) check(t *testing.T, what string, connections int) map[string]int
 // each gets its share, whoever leaves and in whatever way.
 func TestPrivilegedReusePort(t *testing.T) {
 	begin(t)
-	n := newNode(t)
+	eachHook(t, testReusePort)
+}
+
+func testReusePort(t *testing.T, n *node) {
 	leave := map[string]func(*testing.T, *testbed.Actor){
 		"stopped": func(t *testing.T, a *testbed.Actor) { a.Stop(t) },
 		"killed":  func(t *testing.T, a *testbed.Actor) { a.Kill(t) },
@@ -181,7 +193,8 @@ func TestPrivilegedReusePort(t *testing.T) {
 			workers, each int
 			stay          []int // who stays
 			// The datapath knows the first and the last that came, not all:
-			// when none of them is left, connections are refused.
+			// when none of them is left, connections are refused. Not by
+			// TC, which finds them by itself.
 			unknown bool
 		}{
 			{"the last to listen leaves", 4, 2, []int{0, 1, 2}, false},
@@ -211,7 +224,7 @@ func TestPrivilegedReusePort(t *testing.T) {
 						leave(t, a)
 					}
 				}
-				if x.unknown {
+				if x.unknown && n.hook == redirect.HookSkLookup {
 					for _, a := range c.AllAddrs() {
 						expect(t, "none that is known is left", c.World.Connect(t, testbed.ConnectSpec{Dst: at(a, 8080)}), want{errno: "ECONNREFUSED"})
 					}
@@ -249,7 +262,10 @@ func TestPrivilegedReusePort(t *testing.T) {
 // accepted to another.
 func TestPrivilegedHandOver(t *testing.T) {
 	begin(t)
-	n := newNode(t)
+	eachHook(t, testHandOver)
+}
+
+func testHandOver(t *testing.T, n *node) {
 	const connections = 2500
 	// Without it a listener that closes resets all that it has not accepted.
 	x := newTwins(t, n, testbed.Sysctl("net.ipv4.tcp_migrate_req", "1"))
@@ -315,11 +331,14 @@ func TestPrivilegedHandOver(t *testing.T) {
 	wg.Wait()
 }
 
-// TestPrivilegedMPTCPListener: a listener that the kernel doesn't let in is
-// refused, counted, and never gone around.
+// TestPrivilegedMPTCPListener: a listener that the kernel doesn't let into a map is
+// refused, counted, and never gone around; TC serves it.
 func TestPrivilegedMPTCPListener(t *testing.T) {
 	begin(t)
-	n := newNode(t)
+	eachHook(t, testMPTCPListener)
+}
+
+func testMPTCPListener(t *testing.T, n *node) {
 	w := testbed.NewWorld(t)
 	p := n.redirect(t, testbed.NewPod(t, testbed.InWorld(w)), twinPolicy...)
 	p.StartApp(t, 8080)
@@ -341,7 +360,13 @@ func TestPrivilegedMPTCPListener(t *testing.T) {
 			t.Errorf("%v: %q, served by %q", a, r.Errno, r.Listener())
 		}
 	}
-	if served == 0 {
+	switch {
+	case n.hook == redirect.HookTC:
+		if served != len(p.AllAddrs()) {
+			t.Errorf("%d connections were served", served)
+		}
+		p.expectFailures(t)
+	case served == 0:
 		p.expectFailures(t, bpf.ShuntPlacePLACE_LISTENER_REGISTER, bpf.ShuntPlacePLACE_LISTENER_NONE)
 	}
 	l.CloseAll(t)

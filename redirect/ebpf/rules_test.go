@@ -231,7 +231,10 @@ var notServed = []redirect.Rule{
 // at all that can be seen of it, down to the rule's counter.
 func TestPrivilegedRules(t *testing.T) {
 	begin(t)
-	n := newNode(t)
+	eachHook(t, testRules)
+}
+
+func testRules(t *testing.T, n *node) {
 	w := testbed.NewWorld(t)
 	w.ServeAll(t)
 	reached := map[redirect.Rule]bool{}

@@ -1,0 +1,90 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package loader
+
+import (
+	"errors"
+	"fmt"
+	"path/filepath"
+
+	"github.com/cilium/ebpf"
+	"golang.org/x/sys/unix"
+
+	"shunt.dev/shunt/bpf"
+)
+
+// An ErrorCount says how often a program failed at a place for a pod.
+type ErrorCount struct {
+	Cookie uint64 // the pod's network namespace
+	Place  bpf.ShuntPlace
+	Errno  unix.Errno
+	Count  uint64
+}
+
+// places say what failed, and what came of it.
+var places = map[bpf.ShuntPlace]string{
+	bpf.ShuntPlacePLACE_CONNECT_STORAGE:   "socket storage could not be had: connect denied",
+	bpf.ShuntPlacePLACE_CONNECT_BIND:      "the pod's address could not be bound: the proxy sees another peer address",
+	bpf.ShuntPlacePLACE_CONNECT_UNBIND:    "an earlier bind could not be undone",
+	bpf.ShuntPlacePLACE_CONNECT_ROOM:      "too many handshakes with the proxy under way: connect denied",
+	bpf.ShuntPlacePLACE_CONNECT_NO_SOURCE: "the pod has no address of the destination's family: connect denied",
+	bpf.ShuntPlacePLACE_CONNECT_PORT:      "the destination's port could not be rewritten: connect denied",
+	bpf.ShuntPlacePLACE_INFLIGHT_INSERT:   "a handshake could not be noted: its original destination is lost",
+	bpf.ShuntPlacePLACE_ACCEPT_STORAGE:    "socket storage could not be had: the original destination is lost",
+	bpf.ShuntPlacePLACE_ACCEPT_NO_ENTRY:   "a local connection to the proxy without a note: its original destination is unknown",
+	bpf.ShuntPlacePLACE_LISTENER_REGISTER: "the proxy's listener could not be registered: it gets no inbound connections; if it is an MPTCP listener, inboundHook tc serves it",
+	bpf.ShuntPlacePLACE_LISTENER_NONE:     "the proxy does not listen on its inbound port: connection refused",
+	bpf.ShuntPlacePLACE_LISTENER_ASSIGN:   "the kernel refused the proxy's listener for a connection: connection refused",
+	bpf.ShuntPlacePLACE_GETSOCKOPT_LOST:   "SO_ORIGINAL_DST was asked where it is lost: the question failed",
+	bpf.ShuntPlacePLACE_NO_POD:            "a program ran for a pod without an entry: refused",
+	bpf.ShuntPlacePLACE_TC_UNREADABLE:     "a packet that may hide a TCP header came in: dropped",
+	bpf.ShuntPlacePLACE_TC_FRAGMENT:       "the first segment of a connection came in fragments: dropped",
+	bpf.ShuntPlacePLACE_TC_OWNER:          "the connection that a SYN hits could not be given it: dropped",
+	bpf.ShuntPlacePLACE_TC_REOPEN:         "a connection in TIME_WAIT could not be cleared out of a SYN's way: dropped",
+}
+
+func (e ErrorCount) String() string {
+	what, ok := places[e.Place]
+	if !ok {
+		what = fmt.Sprintf("place %d", e.Place)
+	}
+	if e.Errno == unix.ESOCKTNOSUPPORT && e.Place == bpf.ShuntPlacePLACE_LISTENER_ASSIGN {
+		what += "; inboundHook tc serves no SO_REUSEPORT listener before Linux 6.6"
+	}
+	return fmt.Sprintf("%s (%v, %d times)", what, e.Errno, e.Count)
+}
+
+// Errors reads what the programs of a node have counted. The kernel forgets what
+// was counted least recently. Nothing is held: counts go on meanwhile.
+func Errors(opts Options) (out []ErrorCount, err error) {
+	paths, err := filepath.Glob(filepath.Join(opts.BPFDir, "datapath-*", bpf.ShuntMapErrors))
+	if err != nil {
+		return nil, err
+	}
+	for _, path := range paths {
+		more, err := readErrors(path)
+		if err != nil {
+			return nil, fmt.Errorf("read %s: %w", path, err)
+		}
+		out = append(out, more...)
+	}
+	return out, nil
+}
+
+func readErrors(path string) (out []ErrorCount, err error) {
+	m, err := ebpf.LoadPinnedMap(path, &ebpf.LoadPinOptions{ReadOnly: true})
+	if err != nil {
+		return nil, err
+	}
+	defer m.Close()
+	var key bpf.ShuntErrorKey
+	var count uint64
+	it := m.Iterate()
+	for it.Next(&key, &count) {
+		out = append(out, ErrorCount{key.Cookie, bpf.ShuntPlace(key.Place), unix.Errno(key.Error), count})
+	}
+	if err := it.Err(); err != nil && !errors.Is(err, ebpf.ErrIterationAborted) {
+		return nil, err
+	}
+	return out, nil // aborted: entries are pushed out all the time; these are some
+}
