@@ -13,6 +13,19 @@ import (
 	"github.com/cilium/ebpf"
 )
 
+type ShuntAsked struct {
+	_    structs.HostLayout
+	Lock struct {
+		_   structs.HostLayout
+		Val uint32
+	}
+	Pad  uint32
+	Last [2]struct {
+		_ structs.HostLayout
+		W [4]uint32
+	}
+}
+
 type ShuntDest struct {
 	_      structs.HostLayout
 	Flags  uint32
@@ -101,7 +114,10 @@ const (
 	ShuntPlacePLACE_LISTENER_ASSIGN   ShuntPlace = 12
 	ShuntPlacePLACE_GETSOCKOPT_LOST   ShuntPlace = 13
 	ShuntPlacePLACE_NO_POD            ShuntPlace = 14
-	ShuntPlacePLACE_COUNT             ShuntPlace = 15
+	ShuntPlacePLACE_SENDMSG_STORAGE   ShuntPlace = 15
+	ShuntPlacePLACE_SENDMSG_NO_WAY    ShuntPlace = 16
+	ShuntPlacePLACE_CONNECT_TPROXY    ShuntPlace = 17
+	ShuntPlacePLACE_COUNT             ShuntPlace = 18
 )
 
 type ShuntPod struct {
@@ -134,6 +150,7 @@ const (
 	ShuntPodFlagPOD_IN_PORTS      ShuntPodFlag = 16
 	ShuntPodFlagPOD_NO_OUT_LOCAL  ShuntPodFlag = 32
 	ShuntPodFlagPOD_DNS           ShuntPodFlag = 64
+	ShuntPodFlagPOD_TPROXY        ShuntPodFlag = 128
 )
 
 type ShuntPodState struct {
@@ -238,6 +255,7 @@ const (
 	ShuntMapListeners          = "listeners"
 	ShuntMapPods               = "pods"
 	ShuntMapPorts              = "ports"
+	ShuntMapResolvers          = "resolvers"
 	ShuntMapSlots              = "slots"
 	ShuntMapSockets            = "sockets"
 	ShuntMapStamps             = "stamps"
@@ -247,6 +265,10 @@ const (
 	ShuntProgShuntGetpeername4 = "shunt_getpeername4"
 	ShuntProgShuntGetpeername6 = "shunt_getpeername6"
 	ShuntProgShuntGetsockopt   = "shunt_getsockopt"
+	ShuntProgShuntRecvmsg4     = "shunt_recvmsg4"
+	ShuntProgShuntRecvmsg6     = "shunt_recvmsg6"
+	ShuntProgShuntSendmsg4     = "shunt_sendmsg4"
+	ShuntProgShuntSendmsg6     = "shunt_sendmsg6"
 	ShuntProgShuntSkLookup     = "shunt_sk_lookup"
 	ShuntProgShuntSockops      = "shunt_sockops"
 	ShuntProgShuntStamp        = "shunt_stamp"
@@ -309,6 +331,10 @@ type ShuntProgramSpecs struct {
 	ShuntGetpeername4 *ebpf.ProgramSpec `ebpf:"shunt_getpeername4"`
 	ShuntGetpeername6 *ebpf.ProgramSpec `ebpf:"shunt_getpeername6"`
 	ShuntGetsockopt   *ebpf.ProgramSpec `ebpf:"shunt_getsockopt"`
+	ShuntRecvmsg4     *ebpf.ProgramSpec `ebpf:"shunt_recvmsg4"`
+	ShuntRecvmsg6     *ebpf.ProgramSpec `ebpf:"shunt_recvmsg6"`
+	ShuntSendmsg4     *ebpf.ProgramSpec `ebpf:"shunt_sendmsg4"`
+	ShuntSendmsg6     *ebpf.ProgramSpec `ebpf:"shunt_sendmsg6"`
 	ShuntSkLookup     *ebpf.ProgramSpec `ebpf:"shunt_sk_lookup"`
 	ShuntSockops      *ebpf.ProgramSpec `ebpf:"shunt_sockops"`
 	ShuntStamp        *ebpf.ProgramSpec `ebpf:"shunt_stamp"`
@@ -324,6 +350,7 @@ type ShuntMapSpecs struct {
 	Listeners *ebpf.MapSpec `ebpf:"listeners"`
 	Pods      *ebpf.MapSpec `ebpf:"pods"`
 	Ports     *ebpf.MapSpec `ebpf:"ports"`
+	Resolvers *ebpf.MapSpec `ebpf:"resolvers"`
 	Slots     *ebpf.MapSpec `ebpf:"slots"`
 	Sockets   *ebpf.MapSpec `ebpf:"sockets"`
 	Stamps    *ebpf.MapSpec `ebpf:"stamps"`
@@ -372,6 +399,7 @@ type ShuntMaps struct {
 	Listeners *ebpf.Map `ebpf:"listeners"`
 	Pods      *ebpf.Map `ebpf:"pods"`
 	Ports     *ebpf.Map `ebpf:"ports"`
+	Resolvers *ebpf.Map `ebpf:"resolvers"`
 	Slots     *ebpf.Map `ebpf:"slots"`
 	Sockets   *ebpf.Map `ebpf:"sockets"`
 	Stamps    *ebpf.Map `ebpf:"stamps"`
@@ -386,6 +414,7 @@ func (m *ShuntMaps) Close() error {
 		m.Listeners,
 		m.Pods,
 		m.Ports,
+		m.Resolvers,
 		m.Slots,
 		m.Sockets,
 		m.Stamps,
@@ -418,6 +447,10 @@ type ShuntPrograms struct {
 	ShuntGetpeername4 *ebpf.Program `ebpf:"shunt_getpeername4"`
 	ShuntGetpeername6 *ebpf.Program `ebpf:"shunt_getpeername6"`
 	ShuntGetsockopt   *ebpf.Program `ebpf:"shunt_getsockopt"`
+	ShuntRecvmsg4     *ebpf.Program `ebpf:"shunt_recvmsg4"`
+	ShuntRecvmsg6     *ebpf.Program `ebpf:"shunt_recvmsg6"`
+	ShuntSendmsg4     *ebpf.Program `ebpf:"shunt_sendmsg4"`
+	ShuntSendmsg6     *ebpf.Program `ebpf:"shunt_sendmsg6"`
 	ShuntSkLookup     *ebpf.Program `ebpf:"shunt_sk_lookup"`
 	ShuntSockops      *ebpf.Program `ebpf:"shunt_sockops"`
 	ShuntStamp        *ebpf.Program `ebpf:"shunt_stamp"`
@@ -430,6 +463,10 @@ func (p *ShuntPrograms) Close() error {
 		p.ShuntGetpeername4,
 		p.ShuntGetpeername6,
 		p.ShuntGetsockopt,
+		p.ShuntRecvmsg4,
+		p.ShuntRecvmsg6,
+		p.ShuntSendmsg4,
+		p.ShuntSendmsg6,
 		p.ShuntSkLookup,
 		p.ShuntSockops,
 		p.ShuntStamp,

@@ -4,7 +4,7 @@
 package bpf
 
 // Digest is the SHA-256 of the compiled object.
-const Digest = "83cd08464a79302bda2617899496dcd2b8f46af4dc1354f66904b6fb4b6b93cb"
+const Digest = "fe3272c23a4fb4f48bfecdb1ea865aff99080467dabd4ca6f153e728e8b5d4c2"
 
 // stampCode is the program's instructions, with map descriptors of zero.
 const stampCode = "" +
