@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"reflect"
+	"slices"
 	"strconv"
 
 	"github.com/cilium/ebpf"
@@ -18,21 +19,24 @@ import (
 	"shunt.dev/shunt/bpf"
 )
 
-// Names of the folders in BPFDir that hold links: six to a cgroup, by its id;
-// two to a netns, by its cookie.
+// Names of the folders in BPFDir that hold links: six to a cgroup, ten with DNS
+// capture, by its id; two to a netns, by its cookie.
 const (
 	cgroupLinks = "cgroups"
 	netnsLinks  = "netns"
 )
 
-// hooks are the programs that are linked to a pod's cgroup.
+// A hook is a program that is linked to a pod's cgroup.
 //
 // All are linked as BPF_F_ALLOW_MULTI: the kernel runs them before those of
 // ancestors, and leaves other people's alone.
-var hooks = []struct {
+type hook struct {
 	program string
 	attach  ebpf.AttachType
-}{
+}
+
+// hooks are every pod's.
+var hooks = []hook{
 	{bpf.ShuntProgShuntSockops, ebpf.AttachCGroupSockOps},
 	{bpf.ShuntProgShuntGetsockopt, ebpf.AttachCGroupGetsockopt},
 	{bpf.ShuntProgShuntGetpeername4, ebpf.AttachCgroupInet4GetPeername},
@@ -41,12 +45,29 @@ var hooks = []struct {
 	{bpf.ShuntProgShuntConnect6, ebpf.AttachCGroupInet6Connect},
 }
 
-var hookNames = func() (names []string) {
+// dnsHooks are those that a pod with DNS capture has besides: they run for
+// datagrams.
+var dnsHooks = []hook{
+	{bpf.ShuntProgShuntRecvmsg4, ebpf.AttachCGroupUDP4Recvmsg},
+	{bpf.ShuntProgShuntRecvmsg6, ebpf.AttachCGroupUDP6Recvmsg},
+	{bpf.ShuntProgShuntSendmsg4, ebpf.AttachCGroupUDP4Sendmsg},
+	{bpf.ShuntProgShuntSendmsg6, ebpf.AttachCGroupUDP6Sendmsg},
+}
+
+// hooks are the programs that the record's pod needs.
+func (r *Record) hooks() []hook {
+	if r.Rules.Flags&bpf.ShuntPodFlagPOD_DNS != 0 {
+		return slices.Concat(hooks, dnsHooks)
+	}
+	return hooks
+}
+
+func names(hooks []hook) (names []string) {
 	for _, h := range hooks {
 		names = append(names, h.program)
 	}
 	return names
-}()
+}
 
 // A Target is what Attach attaches to.
 type Target struct {
@@ -85,6 +106,10 @@ func (d *Datapath) Attach(t Target, rules Rules) (err error) {
 		old = nil
 	}
 
+	if err := d.planTProxy(r, old, t.Netns); err != nil {
+		return err
+	}
+
 	// From here on the record says what may have been done.
 	defer func() {
 		if err != nil {
@@ -103,6 +128,11 @@ func (d *Datapath) Attach(t Target, rules Rules) (err error) {
 			err = errors.Join(err, t.Netns.removePassthrough())
 		}
 	}()
+	if r.TProxy != nil && r.isTProxy() {
+		if err := t.Netns.tproxy(r.TProxy).Prepare(r.TProxy.Sysctls); err != nil {
+			return err
+		}
+	}
 	if err := d.writeRules(r); err != nil {
 		return err
 	}
@@ -114,7 +144,10 @@ func (d *Datapath) Attach(t Target, rules Rules) (err error) {
 	if err := d.linkCgroup(r, cgroup); err != nil {
 		return err
 	}
-	return d.linkNetns(r, t.Netns.fd)
+	if err := d.linkNetns(r, t.Netns.fd); err != nil {
+		return err
+	}
+	return d.dropTProxy(r, t.Netns)
 }
 
 // openCgroup opens a cgroup's directory. A cgroup's id is its inode number.
@@ -243,7 +276,7 @@ func (d *Datapath) linkCgroup(r *Record, cgroup fd) error {
 	if err != nil {
 		return fmt.Errorf("make a folder for links: %w", err)
 	}
-	for _, h := range hooks {
+	for _, h := range r.hooks() {
 		prog, err := d.object(h.program)
 		if err != nil {
 			return err
@@ -253,7 +286,15 @@ func (d *Datapath) linkCgroup(r *Record, cgroup fd) error {
 			return err
 		}
 	}
-	return nil
+	if fresh || r.Rules.Flags&bpf.ShuntPodFlagPOD_DNS != 0 {
+		return nil
+	}
+	// What it had before under another policy. Another sandbox's stays: its
+	// programs do nothing to a pod without DNS capture.
+	if _, shared, err := d.others(r); err != nil || shared {
+		return err
+	}
+	return d.unlinkAll(dir, names(dnsHooks)...)
 }
 
 // makeDir makes a directory and the parent it lies in; it says whether the
@@ -504,10 +545,18 @@ func (d *Datapath) detach(r *Record) error {
 	}
 	if !sharedCgroup {
 		dir := d.cgroupLinks(r.CgroupID)
-		errs = append(errs, d.unlinkAll(dir, hookNames...), removeDir(dir))
+		err := d.unlinkAll(dir, names(r.hooks())...)
+		if err == nil {
+			err = removeDir(dir)
+		}
+		if errors.Is(err, unix.ENOTEMPTY) {
+			// A sandbox before this one had DNS capture.
+			err = errors.Join(d.unlinkAll(dir, names(dnsHooks)...), removeDir(dir))
+		}
+		errs = append(errs, err)
 	}
 	if !sharedNetns {
-		errs = append(errs, d.removePod(r))
+		errs = append(errs, d.removePod(r), r.undoTProxy())
 	}
 	return errors.Join(errs...)
 }
@@ -626,7 +675,7 @@ func Check(ctx context.Context, opts Options, id ID) error {
 	}
 	b := d.ofBuild(r.Build)
 	defer b.closeFDs()
-	return errors.Join(b.checkRules(r), b.checkLinks(r))
+	return errors.Join(b.checkRules(r), b.checkLinks(r), r.checkTProxy())
 }
 
 func (d *Datapath) checkRules(r *Record) error {
@@ -670,7 +719,7 @@ func (d *Datapath) checkRules(r *Record) error {
 func (d *Datapath) checkLinks(r *Record) error {
 	var errs []error
 	dir := d.cgroupLinks(r.CgroupID)
-	for _, h := range hooks {
+	for _, h := range r.hooks() {
 		prog, err := d.object(h.program)
 		if err != nil {
 			return err

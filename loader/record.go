@@ -45,6 +45,10 @@ type Record struct {
 	Cgroup   string // path, for messages and CHECK
 	CgroupID uint64
 
+	// TProxy is what TPROXY mode has changed in the network namespace; nil for
+	// nothing.
+	TProxy *TProxy `json:",omitempty"`
+
 	Rules Rules
 }
 
@@ -135,6 +139,9 @@ func (r *Record) encode() []byte {
 	str(`,"Netns":`, r.Netns)
 	str(`,"Cgroup":`, r.Cgroup)
 	num(`,"CgroupID":`, r.CgroupID)
+	if r.TProxy != nil {
+		b = r.TProxy.encode(append(b, `,"TProxy":`...))
+	}
 	num(`,"Rules":{"UID":`, uint64(r.Rules.UID))
 	num(`,"GID":`, uint64(r.Rules.GID))
 	num(`,"OutboundPort":`, uint64(r.Rules.OutboundPort))
