@@ -243,6 +243,20 @@ func (a *Actor) PassSocket(t testing.TB, sock int, to *Actor) (there int) {
 	return there
 }
 
+// TakeSocket gives the test a copy of a kept socket, to use as it likes: what is
+// done with it is done by a socket of the actor's cgroup, namespace and ids. The
+// actor's stays open; the copy is closed when the test ends, unless that was done.
+func (a *Actor) TakeSocket(t testing.TB, sock int) *os.File {
+	t.Helper()
+	fd, err := a.wire.pass(sock)
+	if err != nil {
+		t.Fatalf("actor %s: take socket: %v", a.Name, err)
+	}
+	f := os.NewFile(uintptr(fd), "socket of "+a.Name)
+	t.Cleanup(func() { f.Close() })
+	return f
+}
+
 // Stop ends the actor: its sockets are closed as at the end of a process. In
 // the world it does nothing.
 func (a *Actor) Stop(t testing.TB) {

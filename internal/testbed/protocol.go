@@ -55,6 +55,7 @@ type Served struct {
 type SocketSpec struct {
 	Family      int            `json:"family,omitempty"` // 4 or 6; 0 = the destination's
 	MPTCP       bool           `json:"mptcp,omitempty"`
+	UDP         bool           `json:"udp,omitempty"`
 	Bind        netip.AddrPort `json:"bind"`                 // bind first, where valid; port 0 = any
 	BindNoPort  bool           `json:"bindNoPort,omitempty"` // IP_BIND_ADDRESS_NO_PORT
 	ReuseAddr   bool           `json:"reuseAddr,omitempty"`

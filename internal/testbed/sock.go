@@ -134,17 +134,21 @@ func sockInfo(fd int) SockInfo {
 	return i
 }
 
-// newSocket creates a TCP socket of a family with the options of s, unbound.
+// newSocket creates a TCP (or UDP) socket of a family with the options of s, unbound.
 func newSocket(s SocketSpec, family int) (fd int, err error) {
 	domain, proto := unix.AF_INET, unix.IPPROTO_TCP
 	if family == 6 {
 		domain = unix.AF_INET6
 	}
+	kind := unix.SOCK_STREAM
 	if s.MPTCP {
 		proto = unix.IPPROTO_MPTCP
 	}
+	if s.UDP {
+		kind, proto = unix.SOCK_DGRAM, unix.IPPROTO_UDP
+	}
 	if err := withFSIDs(s.FSUID, s.FSGID, func() error {
-		fd, err = unix.Socket(domain, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, proto)
+		fd, err = unix.Socket(domain, kind|unix.SOCK_CLOEXEC, proto)
 		return err
 	}); err != nil {
 		return -1, err
