@@ -43,6 +43,9 @@ func (b *Backend) Apply(ctx context.Context, t redirect.Target, p *redirect.Poli
 	}
 	defer ns.Close()
 	rules := Compile(p, Net{Addrs: t.Addrs, Netns: ns})
+	if rules.UID, rules.GID, err = ns.HostIDs(rules.UID, rules.GID, p.HostUsers); err != nil {
+		return err
+	}
 	d, err := loader.Open(ctx, b.opts)
 	if err != nil {
 		return err
@@ -116,8 +119,9 @@ func (n Net) all() []netip.Addr {
 }
 
 // Compile turns a policy into the tables of one pod. It never cuts a list
-// short. What the programs have no notion of (interfaces, TPROXY) is for the
-// choice of the backend to keep away from here.
+// short. What the programs have no notion of (interfaces) is for the choice of
+// the backend to keep away from here. The proxy's ids are the pod's own; see
+// loader.Netns.HostIDs.
 func Compile(p *redirect.Policy, n Net) loader.Rules {
 	r := loader.Rules{
 		UID: p.Proxy.UID, GID: p.Proxy.GID,
@@ -134,6 +138,7 @@ func Compile(p *redirect.Policy, n Net) loader.Rules {
 		{bpf.ShuntPodFlagPOD_IN_ALL, p.IncludeInboundPorts.All},
 		{bpf.ShuntPodFlagPOD_NO_OUT_LOCAL, p.IncludesLoopback()},
 		{bpf.ShuntPodFlagPOD_DNS, p.DNSCapture},
+		{bpf.ShuntPodFlagPOD_TPROXY, p.Mode == redirect.ModeTProxy},
 	} {
 		if f.on {
 			r.Flags |= f.flag
