@@ -1705,7 +1705,11 @@ static __always_inline long assign(struct bpf_sk_lookup *ctx, const struct liste
 
 	if (!sk)
 		return -ENOENT;
-	err = bpf_sk_assign(ctx, sk, 0);
+	// One that is bound to another interface would not be found either.
+	if (sk->bound_dev_if && sk->bound_dev_if != ctx->ingress_ifindex)
+		err = -ENOENT;
+	else
+		err = bpf_sk_assign(ctx, sk, 0);
 	bpf_sk_release(sk);
 	return err;
 }

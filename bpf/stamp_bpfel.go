@@ -4,7 +4,7 @@
 package bpf
 
 // Digest is the SHA-256 of the compiled object.
-const Digest = "fe3272c23a4fb4f48bfecdb1ea865aff99080467dabd4ca6f153e728e8b5d4c2"
+const Digest = "c8dfd7670065df391ab5e251fd9d3b40ad6f5048d99880b974bb6524a99674c8"
 
 // stampCode is the program's instructions, with map descriptors of zero.
 const stampCode = "" +
