@@ -33,9 +33,13 @@ char _license[] SEC("license") = "Dual BSD/GPL";
 #define AF_INET 2
 #define AF_INET6 10
 #define SOCK_STREAM 1
+#define SOCK_DGRAM 2
 #define SOL_IP 0 // as in the level argument of getsockopt
 #define SOL_IPV6 41
 #define SO_ORIGINAL_DST 80 // the same number at both levels
+#define SOL_SOCKET 1
+#define SO_BINDTODEVICE 25
+#define SO_MARK 36
 #define EPERM 1
 #define ENOENT 2
 #define EAGAIN 11
@@ -43,6 +47,7 @@ char _license[] SEC("license") = "Dual BSD/GPL";
 #define ENETUNREACH 101
 #define LOOPBACK_IFINDEX 1 // lo, in every netns
 #define DNS_WELL_KNOWN 53
+#define TPROXY_MARK 0x539 // internal/tproxy leads it back into the pod
 #define PAGE 4096
 
 enum { ALLOW = 1, DENY = 0 }; // return values of the cgroup programs
@@ -108,6 +113,7 @@ enum pod_flag {
 	POD_IN_PORTS = 1 << 4,      // the ports map has inbound entries
 	POD_NO_OUT_LOCAL = 1 << 5,  // an include CIDR is loopback: no out-local rules
 	POD_DNS = 1 << 6,           // DNS capture
+	POD_TPROXY = 1 << 7,        // the proxy may connect to its app from the client's address
 	POD_IN_TC = 1 << 15,        // TC is the inbound hook: registered listeners aren't used
 };
 
@@ -206,6 +212,9 @@ enum place {
 	PLACE_TC_FRAGMENT,       // TC: the first fragment of a segment that belongs to no connection: dropped
 	PLACE_TC_OWNER,          // TC: the socket that a SYN hits could not be given it: dropped
 	PLACE_TC_REOPEN,         // TC: a connection in TIME_WAIT could not be cleared out of a SYN's way: dropped
+	PLACE_SENDMSG_STORAGE,   // socket storage could not be had: the datagram is not sent
+	PLACE_SENDMSG_NO_WAY,    // no address of that family, or an interface that is not lo: the datagram is not sent
+	PLACE_CONNECT_TPROXY,    // the proxy's connection from a client's address could not be kept in the pod: connect denied
 	PLACE_COUNT,
 };
 
@@ -221,6 +230,8 @@ enum socket_flag {
 	SOCKET_LOST = 1 << 2,       // original destination unknown: SO_ORIGINAL_DST must fail
 	SOCKET_BOUND = 1 << 3,      // has been bound by us: .source is our doing, not its owner's
 	SOCKET_WATCHED = 1 << 4,    // we switched its state callbacks on
+	SOCKET_MARKED = 1 << 5,     // we gave it TPROXY_MARK
+	SOCKET_AT_LO = 1 << 6,      // we bound it to lo
 };
 
 // Kept in the socket's own storage, for as long as the socket lives.
@@ -230,6 +241,14 @@ struct sock_state {
 	__u16 pad;
 	struct addr dst; // the original destination
 	struct addr source;
+};
+
+// The resolver that a UDP socket has asked last, of each family; zero: none.
+// Its port is 53.
+struct asked {
+	struct bpf_spin_lock lock;
+	__u32 pad;
+	struct addr last[2]; // by enum family
 };
 
 // A handshake with a proxy port inside the pod.
@@ -330,6 +349,13 @@ struct {
 	__type(key, int);
 	__type(value, struct sock_state);
 } sockets SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, int);
+	__type(value, struct asked);
+} resolvers SEC(".maps");
 
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
@@ -457,6 +483,12 @@ static __always_inline bool is_lo(const struct addr *a)
 		      above(a, 0) | (a->w[3] ^ bpf_htonl(1))) == 0;
 }
 
+// is_link_local: fe80::/10
+static __always_inline bool is_link_local(const struct addr *a)
+{
+	return (a->w[0] & bpf_htonl(0xffc00000)) == bpf_htonl(0xfe800000);
+}
+
 // is_s6: S6 of the semantics, 127.0.0.6 or ::6: the proxy's source towards its own app
 static __always_inline bool is_s6(const struct addr *a)
 {
@@ -508,6 +540,7 @@ struct flow {
 	struct addr src; // what the socket is bound to; zero: nothing
 	__u16 port;      // destination, host byte order
 	bool local;      // "by lo"
+	bool marked;     // the socket has TPROXY_MARK, in a pod of that mode
 	__u32 dest;      // enum dest_flag of the destination
 	__u32 uid;       // the owner
 	__u32 gid;
@@ -523,6 +556,10 @@ static __always_inline enum rule outbound_rule(__u64 cookie, const struct pod *p
 	if (listed & PORT_EXCLUDE)
 		return RULE_OUT_EXCLUDE_PORT;
 	if (f->local && is_s6(&f->src))
+		return RULE_OUT_PASSTHROUGH;
+	// To an address of the pod, and from the client's, the proxy can't say
+	// otherwise that it means the app.
+	if (f->local && f->marked)
 		return RULE_OUT_PASSTHROUGH;
 
 	if (f->uid == pod->uid)
@@ -611,6 +648,29 @@ static __always_inline void find_owner(struct bpf_sock *bsk, struct flow *f)
 	f->gid = cred->fsgid.val;
 }
 
+// find_owner_udp is the same for a UDP socket, which no helper gives with its type.
+static __noinline void find_owner_udp(struct bpf_sock *bsk, struct flow *f)
+{
+	const struct cred *cred = 0;
+	struct socket *so = 0;
+	struct file *file = 0;
+	struct sock *sk = 0;
+
+	f->uid = f->gid = (__u32)-1;
+	// From the stack, the pointer comes as a number.
+	bpf_probe_read_kernel(&sk, sizeof(sk), &bsk);
+	if (sk)
+		so = BPF_CORE_READ(sk, sk_socket);
+	if (so)
+		file = BPF_CORE_READ(so, file);
+	if (file)
+		cred = BPF_CORE_READ(file, f_cred);
+	if (!cred)
+		return;
+	f->uid = BPF_CORE_READ(cred, fsuid.val);
+	f->gid = BPF_CORE_READ(cred, fsgid.val);
+}
+
 // bind_to gives the socket a source address; the zero address takes one away.
 // The port stays open until connect chooses it.
 static __always_inline long bind_to(struct bpf_sock_addr *ctx, const struct addr *a, bool v6)
@@ -688,11 +748,11 @@ static __always_inline int deny(__u64 cookie, __u32 place, long err)
 	return DENY; // connect gives EPERM
 }
 
-static __always_inline int deny_unreachable(__u64 cookie)
+static __always_inline int deny_unreachable(__u64 cookie, __u32 place)
 {
 	if (have_set_retval)
 		bpf_set_retval(-ENETUNREACH);
-	return deny(cookie, PLACE_CONNECT_NO_SOURCE, -ENETUNREACH);
+	return deny(cookie, place, -ENETUNREACH);
 }
 
 // remember_mptcp: connect sees an MPTCP socket's subflow, getpeername the MPTCP
@@ -717,6 +777,234 @@ static __always_inline void remember_mptcp(struct bpf_sock *sk, const struct soc
 	}
 }
 
+// complete_flow reads an unspecified destination as the kernel does, and looks
+// up what the destination is to the pod.
+static __always_inline struct dest *complete_flow(__u64 cookie, struct flow *f, bool v6)
+{
+	struct dest *dest;
+
+	if (is_any4(&f->src))
+		f->src = (struct addr){};
+	// IPv4: the address that the socket is bound to; IPv6: the loopback of the
+	// family it is bound to.
+	if (is_any4(&f->dst))
+		f->dst = is_zero(&f->src) ? lo(true) : f->src;
+	else if (v6 && is_zero(&f->dst))
+		f->dst = lo(is_mapped(&f->src));
+
+	dest = find_dest(cookie, &f->dst);
+	if (dest)
+		f->dest = dest->flags;
+	f->local = is_loopback(&f->dst) || (f->dest & DEST_LOCAL);
+	// The kernel answers ::6 from ::6, where for IPv4 it takes 127.0.0.1.
+	if (f->local && !is_mapped(&f->dst) && is_zero(&f->src) && is_s6(&f->dst))
+		f->src = f->dst;
+	return dest;
+}
+
+// is_chosen says that the kernel is to choose the source, and that towards the
+// original destination it would take another than towards the proxy.
+static __always_inline bool is_chosen(const struct flow *f)
+{
+	return is_zero(&f->src) && !is_loopback(&f->dst);
+}
+
+// choice is what it would take; zero: the pod has no address of that family.
+static __always_inline struct addr choice(const struct pod *pod, const struct flow *f, const struct dest *dest)
+{
+	if (f->dest & DEST_LOCAL)
+		return f->dst;
+	if (dest && !is_zero(&dest->source))
+		return dest->source;
+	return is_mapped(&f->dst) ? pod->source4 : pod->source6;
+}
+
+static __always_inline enum rule dns_rule(__u64 cookie, const struct pod *pod, const struct flow *f)
+{
+	if ((pod->flags & POD_OUT_PORTS) && (port_flags(cookie, DIR_OUT, DNS_WELL_KNOWN) & PORT_EXCLUDE))
+		return RULE_OUT_EXCLUDE_PORT;
+	if (f->local && is_s6(&f->src))
+		return RULE_OUT_PASSTHROUGH;
+	if (f->uid == pod->uid)
+		return RULE_OUT_PROXY;
+	return RULE_OUT_DNS;
+}
+
+// captures is section 4 for UDP to port 53: is the datagram for the proxy? A
+// global function, as decide_outbound is.
+__noinline int captures(__u64 cookie, const struct pod *pod, const struct flow *f)
+{
+	enum rule rule;
+
+	if (!pod || !f || !(pod->flags & POD_DNS) || f->port != DNS_WELL_KNOWN)
+		return false;
+	rule = dns_rule(cookie, pod, f);
+	count(bpf_map_lookup_elem(&states, &cookie), rule);
+	return rule == RULE_OUT_DNS;
+}
+
+// remember_asked notes whom a UDP socket asks, for recvmsg. The lock keeps
+// threads that share the socket from mixing two addresses.
+static __always_inline bool remember_asked(struct bpf_sock *sk, const struct addr *dst)
+{
+	struct asked *a = bpf_sk_storage_get(&resolvers, sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
+
+	if (!a)
+		return false;
+	bpf_spin_lock(&a->lock);
+	if (is_mapped(dst))
+		a->last[FAMILY4] = *dst;
+	else
+		a->last[FAMILY6] = *dst;
+	bpf_spin_unlock(&a->lock);
+	return true;
+}
+
+// connect_udp has a connected UDP socket ask the proxy. The kernel sets it up as
+// it would towards the resolver: the source first.
+static __always_inline int connect_udp(struct bpf_sock_addr *ctx, __u64 cookie, const struct pod *pod, bool v6)
+{
+	struct bpf_sock *sk = ctx->sk;
+	struct addr target, want = {};
+	struct sock_state *st;
+	struct flow f = {};
+	bool ours, captured;
+	struct dest *dest;
+	long err;
+
+	if (!sk || !(pod->flags & POD_DNS))
+		return ALLOW;
+	st = bpf_sk_storage_get(&sockets, sk, 0, 0);
+	f.port = bpf_ntohs(ctx->user_port);
+	if (v6) {
+		f.dst = words(ctx->user_ip6);
+		f.src = words(sk->src_ip6);
+	} else {
+		f.dst = mapped(ctx->user_ip4);
+		f.src = mapped(sk->src_ip4);
+	}
+	// A socket that is connected keeps its source, whoever chose it.
+	ours = st && (st->flags & SOCKET_BOUND) && sk->state == BPF_TCP_CLOSE && same(&f.src, &st->source);
+	if (ours)
+		f.src = (struct addr){};
+	dest = complete_flow(cookie, &f, v6);
+	find_owner_udp(sk, &f);
+	captured = captures(cookie, pod, &f);
+
+	// A source of ours stays with the socket: it changes with the
+	// destination, as the kernel's own would.
+	if (is_chosen(&f)) {
+		want = choice(pod, &f, dest);
+		if (captured && is_zero(&want))
+			return deny_unreachable(cookie, PLACE_CONNECT_NO_SOURCE);
+	} else if (ours) {
+		want = is_mapped(&f.dst) ? lo(true) : f.dst;
+	}
+	if (captured) {
+		if (!st)
+			st = bpf_sk_storage_get(&sockets, sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
+		if (!st || !remember_asked(sk, &f.dst))
+			return deny(cookie, PLACE_CONNECT_STORAGE, -EAGAIN);
+	}
+	if (!st)
+		return ALLOW;
+	if (ours ? !same(&want, &st->source) : captured && !is_zero(&want)) {
+		// One that has a port already can't be bound any more.
+		err = bind_to(ctx, &want, v6);
+		if (err) {
+			failed(cookie, PLACE_CONNECT_BIND, err);
+		} else {
+			st->flags |= SOCKET_BOUND;
+			st->source = want;
+		}
+	}
+	if (!captured) {
+		st->flags &= ~SOCKET_REDIRECTED;
+		return ALLOW;
+	}
+	st->dst = f.dst;
+	st->port = bpf_htons(DNS_WELL_KNOWN);
+	st->flags |= SOCKET_REDIRECTED;
+	target = lo(is_mapped(&f.dst));
+	set_address(ctx, &target, bpf_htons(pod->dns_port), v6);
+	return ALLOW;
+}
+
+// keep_in_pod has the answers to a connection that the proxy makes to its app
+// from a client's address come back: the app's socket takes the mark over
+// (tcp_fwmark_accept), and the mark leads all that it sends to lo. Bound to lo,
+// the connection also arrives by lo for sk_lookup, which otherwise would see it
+// come by the interface that has the pod's address, as the client's own does.
+static __always_inline long keep_in_pod(struct bpf_sock_addr *ctx, struct bpf_sock *sk, bool marked)
+{
+	struct sock_state *st = bpf_sk_storage_get(&sockets, sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
+	char name[] = "lo";
+	int mark = TPROXY_MARK;
+	long err;
+
+	if (!st)
+		return -EAGAIN;
+	if (!marked) {
+		err = bpf_setsockopt(ctx, SOL_SOCKET, SO_MARK, &mark, sizeof(mark));
+		if (err)
+			return err;
+		st->flags |= SOCKET_MARKED;
+	}
+	if (sk->bound_dev_if)
+		return 0;
+	err = bpf_setsockopt(ctx, SOL_SOCKET, SO_BINDTODEVICE, name, sizeof(name));
+	if (!err)
+		st->flags |= SOCKET_AT_LO;
+	return err;
+}
+
+// let_out undoes keep_in_pod, for the next connect of the same socket. Without
+// NET_RAW its owner can't leave lo again, and then gets no further than the pod.
+static __always_inline long let_out(struct bpf_sock_addr *ctx, struct sock_state *st, bool local)
+{
+	char none[] = "";
+	int mark = 0;
+	long err;
+
+	if (st->flags & SOCKET_MARKED) {
+		err = bpf_setsockopt(ctx, SOL_SOCKET, SO_MARK, &mark, sizeof(mark));
+		if (err)
+			return err;
+		st->flags &= ~SOCKET_MARKED;
+	}
+	if (st->flags & SOCKET_AT_LO) {
+		err = bpf_setsockopt(ctx, SOL_SOCKET, SO_BINDTODEVICE, none, sizeof(none));
+		if (err)
+			return local ? 0 : err;
+		st->flags &= ~SOCKET_AT_LO;
+	}
+	return 0;
+}
+
+// mark_tproxy is what TPROXY mode adds to connect. A global function, as
+// decide_outbound is.
+__noinline int mark_tproxy(struct bpf_sock_addr *ctx, __u64 cookie, const struct pod *pod, struct flow *f)
+{
+	struct bpf_sock *sk = ctx->sk;
+	struct sock_state *st;
+	long err;
+
+	if (!sk || !pod || !f)
+		return -EAGAIN;
+	st = bpf_sk_storage_get(&sockets, sk, 0, 0);
+	if (st && (st->flags & (SOCKET_MARKED | SOCKET_AT_LO))) {
+		err = let_out(ctx, st, f->local);
+		if (err)
+			return err;
+	}
+	f->marked = sk->mark == TPROXY_MARK;
+	if (!f->local || is_zero(&f->src) || is_local(cookie, &f->src))
+		return 0;
+	if (!f->marked && f->uid != pod->uid && f->gid != pod->gid)
+		return 0;
+	return keep_in_pod(ctx, sk, f->marked);
+}
+
 static __always_inline int connect(struct bpf_sock_addr *ctx, bool v6)
 {
 	struct bpf_sock *sk = ctx->sk;
@@ -726,15 +1014,15 @@ static __always_inline int connect(struct bpf_sock_addr *ctx, bool v6)
 	struct dest *dest;
 	struct flow f = {};
 	struct pod *pod;
-	bool ours, room;
+	bool ours, room, udp;
 	enum rule rule;
 	__u64 cookie;
 	__u32 sport;
 	__u16 port;
-	bool four;
 	long err;
 
-	if (!sk || ctx->type != SOCK_STREAM || (ctx->protocol != IPPROTO_TCP && ctx->protocol != IPPROTO_MPTCP))
+	udp = ctx->type == SOCK_DGRAM && ctx->protocol == IPPROTO_UDP;
+	if (!sk || (!udp && (ctx->type != SOCK_STREAM || (ctx->protocol != IPPROTO_TCP && ctx->protocol != IPPROTO_MPTCP))))
 		return ALLOW;
 	if (ctx->user_family != (v6 ? AF_INET6 : AF_INET))
 		return ALLOW; // the kernel refuses it
@@ -745,6 +1033,8 @@ static __always_inline int connect(struct bpf_sock_addr *ctx, bool v6)
 	c = bpf_map_lookup_elem(&states, &cookie);
 	if (!c)
 		return deny(cookie, PLACE_NO_POD, -ENOENT);
+	if (udp)
+		return connect_udp(ctx, cookie, pod, v6);
 	st = bpf_sk_storage_get(&sockets, sk, 0, 0);
 
 	f.port = bpf_ntohs(ctx->user_port);
@@ -755,29 +1045,18 @@ static __always_inline int connect(struct bpf_sock_addr *ctx, bool v6)
 		f.dst = mapped(ctx->user_ip4);
 		f.src = mapped(sk->src_ip4);
 	}
-	if (is_any4(&f.src))
-		f.src = (struct addr){};
 	sport = sk->src_port;
 	ours = st && (st->flags & SOCKET_BOUND) && same(&f.src, &st->source);
 	if (ours)
 		f.src = (struct addr){}; // to its owner the socket is not bound
 
-	// As the kernel reads an unspecified destination. IPv4: the address that
-	// the socket is bound to; IPv6: the loopback of the family it is bound to.
-	if (is_any4(&f.dst))
-		f.dst = is_zero(&f.src) ? lo(true) : f.src;
-	else if (v6 && is_zero(&f.dst))
-		f.dst = lo(is_mapped(&f.src));
-	four = is_mapped(&f.dst);
-
-	dest = find_dest(cookie, &f.dst);
-	if (dest)
-		f.dest = dest->flags;
-	f.local = is_loopback(&f.dst) || (f.dest & DEST_LOCAL);
-	// The kernel answers ::6 from ::6, where for IPv4 it takes 127.0.0.1.
-	if (f.local && !four && is_zero(&f.src) && is_s6(&f.dst))
-		f.src = f.dst;
+	dest = complete_flow(cookie, &f, v6);
 	find_owner(sk, &f);
+	if (pod->flags & POD_TPROXY) {
+		err = mark_tproxy(ctx, cookie, pod, &f);
+		if (err)
+			return deny(cookie, PLACE_CONNECT_TPROXY, err);
+	}
 
 	rule = decide_outbound(cookie, pod, &f);
 	if (rule == RULE_NONE || rule >= RULE_COUNT)
@@ -805,19 +1084,14 @@ static __always_inline int connect(struct bpf_sock_addr *ctx, bool v6)
 	if (!st)
 		return deny(cookie, PLACE_CONNECT_STORAGE, -EAGAIN);
 
-	target = lo(four);
+	target = lo(is_mapped(&f.dst));
 
 	// The proxy is to see the peer address that it sees behind iptables: the
 	// one that the kernel would have taken towards the original destination.
-	if (is_zero(&f.src) && !is_loopback(&f.dst)) {
-		if (f.dest & DEST_LOCAL)
-			want = f.dst;
-		else if (dest && !is_zero(&dest->source))
-			want = dest->source;
-		else
-			want = four ? pod->source4 : pod->source6;
+	if (is_chosen(&f)) {
+		want = choice(pod, &f, dest);
 		if (is_zero(&want))
-			return deny_unreachable(cookie);
+			return deny_unreachable(cookie, PLACE_CONNECT_NO_SOURCE);
 	}
 	if (is_zero(&want)) {
 		if (ours)
@@ -860,6 +1134,153 @@ SEC("cgroup/connect6")
 int shunt_connect6(struct bpf_sock_addr *ctx)
 {
 	return connect(ctx, true);
+}
+
+// ------------------------------------------------------ DNS over UDP, unconnected
+
+// These are linked to pods with DNS capture only. Of a connected socket they run
+// where a datagram is given a destination of its own, and where an answer's sender
+// is asked for.
+
+// set_source: volatile, because a context can't be written by a moved pointer.
+static __always_inline void set_source(struct bpf_sock_addr *ctx, const struct addr *a, bool v6)
+{
+	volatile __u32 *w = v6 ? ctx->msg_src_ip6 : &ctx->msg_src_ip4;
+
+	if (v6) {
+		w[0] = a->w[0];
+		w[1] = a->w[1];
+		w[2] = a->w[2];
+	}
+	w[v6 ? 3 : 0] = a->w[3];
+}
+
+static __always_inline int sendmsg(struct bpf_sock_addr *ctx, bool v6)
+{
+	struct bpf_sock *sk = ctx->sk;
+	struct addr target, want = {};
+	struct sock_state *st;
+	struct flow f = {};
+	struct asked *asked;
+	struct dest *dest;
+	struct pod *pod;
+	__u64 cookie;
+	bool ours;
+
+	if (!sk || ctx->protocol != IPPROTO_UDP)
+		return ALLOW;
+	cookie = bpf_get_netns_cookie(ctx);
+	pod = bpf_map_lookup_elem(&pods, &cookie);
+	if (!pod || !(pod->flags & POD_DNS))
+		return ALLOW;
+
+	f.port = bpf_ntohs(ctx->user_port);
+	if (v6) {
+		f.dst = words(ctx->user_ip6);
+		f.src = words(ctx->msg_src_ip6);
+	} else {
+		f.dst = mapped(ctx->user_ip4);
+		f.src = mapped(ctx->msg_src_ip4);
+	}
+	// connect_udp has bound it, and connect(AF_UNSPEC) left that.
+	st = bpf_sk_storage_get(&sockets, sk, 0, 0);
+	ours = st && (st->flags & SOCKET_BOUND) && sk->state == BPF_TCP_CLOSE && same(&f.src, &st->source);
+	if (ours) {
+		f.src = (struct addr){};
+		set_source(ctx, &f.src, v6);
+	}
+	if (f.port != DNS_WELL_KNOWN && f.port != pod->dns_port)
+		return ALLOW;
+	dest = complete_flow(cookie, &f, v6);
+	find_owner_udp(sk, &f);
+	if (!captures(cookie, pod, &f)) {
+		if (f.port != pod->dns_port || !is_lo(&f.dst))
+			return ALLOW;
+		// What a connected IPv6 socket sends to a mapped address comes here
+		// with connect_udp's destination.
+		if (st && (st->flags & SOCKET_REDIRECTED) && sk->state == BPF_TCP_ESTABLISHED)
+			return ALLOW;
+		// Asked under its own address, the proxy answers under it.
+		asked = bpf_sk_storage_get(&resolvers, sk, 0, 0);
+		if (asked) {
+			bpf_spin_lock(&asked->lock);
+			asked->last[is_mapped(&f.dst) ? FAMILY4 : FAMILY6] = want;
+			bpf_spin_unlock(&asked->lock);
+		}
+		return ALLOW;
+	}
+
+	// The kernel has taken the interface from a link-local destination: by that
+	// it would leave for ::1.
+	if (is_link_local(&f.dst))
+		return deny_unreachable(cookie, PLACE_SENDMSG_NO_WAY);
+	if (is_chosen(&f)) {
+		want = choice(pod, &f, dest);
+		if (is_zero(&want))
+			return deny_unreachable(cookie, PLACE_SENDMSG_NO_WAY);
+		set_source(ctx, &want, v6);
+	}
+	if (!remember_asked(sk, &f.dst))
+		return deny(cookie, PLACE_SENDMSG_STORAGE, -EAGAIN);
+	target = lo(is_mapped(&f.dst));
+	set_address(ctx, &target, bpf_htons(pod->dns_port), v6);
+	return ALLOW;
+}
+
+SEC("cgroup/sendmsg4")
+int shunt_sendmsg4(struct bpf_sock_addr *ctx)
+{
+	return sendmsg(ctx, false);
+}
+
+SEC("cgroup/sendmsg6")
+int shunt_sendmsg6(struct bpf_sock_addr *ctx)
+{
+	return sendmsg(ctx, true);
+}
+
+// An answer of the proxy's comes from the resolver that was asked. Where a socket
+// has asked several it is the last, because nothing here tells which question an
+// answer is to.
+static __always_inline int recvmsg(struct bpf_sock_addr *ctx, bool v6)
+{
+	struct bpf_sock *sk = ctx->sk;
+	struct asked *asked;
+	struct addr from;
+	struct pod *pod;
+	__u64 cookie;
+
+	asked = sk ? bpf_sk_storage_get(&resolvers, sk, 0, 0) : 0;
+	if (!asked)
+		return ALLOW;
+	from = v6 ? words(ctx->user_ip6) : mapped(ctx->user_ip4);
+	if (!is_lo(&from))
+		return ALLOW;
+	cookie = bpf_get_netns_cookie(ctx);
+	pod = bpf_map_lookup_elem(&pods, &cookie);
+	if (!pod || ctx->user_port != bpf_htons(pod->dns_port))
+		return ALLOW;
+	bpf_spin_lock(&asked->lock);
+	if (is_mapped(&from))
+		from = asked->last[FAMILY4];
+	else
+		from = asked->last[FAMILY6];
+	bpf_spin_unlock(&asked->lock);
+	if (!is_zero(&from))
+		set_address(ctx, &from, bpf_htons(DNS_WELL_KNOWN), v6);
+	return ALLOW;
+}
+
+SEC("cgroup/recvmsg4")
+int shunt_recvmsg4(struct bpf_sock_addr *ctx)
+{
+	return recvmsg(ctx, false);
+}
+
+SEC("cgroup/recvmsg6")
+int shunt_recvmsg6(struct bpf_sock_addr *ctx)
+{
+	return recvmsg(ctx, true);
 }
 
 // -------------------------------------------------------------- getpeername
@@ -1353,7 +1774,11 @@ static __always_inline long assign(struct bpf_sk_lookup *ctx, const struct liste
 
 	if (!sk)
 		return -ENOENT;
-	err = bpf_sk_assign(ctx, sk, 0);
+	// One that is bound to another interface would not be found either.
+	if (sk->bound_dev_if && sk->bound_dev_if != ctx->ingress_ifindex)
+		err = -ENOENT;
+	else
+		err = bpf_sk_assign(ctx, sk, 0);
 	bpf_sk_release(sk);
 	return err;
 }

@@ -22,6 +22,19 @@ type ShuntAdoption struct {
 	Pad      uint32
 }
 
+type ShuntAsked struct {
+	_    structs.HostLayout
+	Lock struct {
+		_   structs.HostLayout
+		Val uint32
+	}
+	Pad  uint32
+	Last [2]struct {
+		_ structs.HostLayout
+		W [4]uint32
+	}
+}
+
 type ShuntDest struct {
 	_      structs.HostLayout
 	Flags  uint32
@@ -114,7 +127,10 @@ const (
 	ShuntPlacePLACE_TC_FRAGMENT       ShuntPlace = 16
 	ShuntPlacePLACE_TC_OWNER          ShuntPlace = 17
 	ShuntPlacePLACE_TC_REOPEN         ShuntPlace = 18
-	ShuntPlacePLACE_COUNT             ShuntPlace = 19
+	ShuntPlacePLACE_SENDMSG_STORAGE   ShuntPlace = 19
+	ShuntPlacePLACE_SENDMSG_NO_WAY    ShuntPlace = 20
+	ShuntPlacePLACE_CONNECT_TPROXY    ShuntPlace = 21
+	ShuntPlacePLACE_COUNT             ShuntPlace = 22
 )
 
 type ShuntPod struct {
@@ -147,6 +163,7 @@ const (
 	ShuntPodFlagPOD_IN_PORTS      ShuntPodFlag = 16
 	ShuntPodFlagPOD_NO_OUT_LOCAL  ShuntPodFlag = 32
 	ShuntPodFlagPOD_DNS           ShuntPodFlag = 64
+	ShuntPodFlagPOD_TPROXY        ShuntPodFlag = 128
 	ShuntPodFlagPOD_IN_TC         ShuntPodFlag = 32768
 )
 
@@ -263,6 +280,7 @@ const (
 	ShuntMapPods               = "pods"
 	ShuntMapPorts              = "ports"
 	ShuntMapReopens            = "reopens"
+	ShuntMapResolvers          = "resolvers"
 	ShuntMapSlots              = "slots"
 	ShuntMapSockets            = "sockets"
 	ShuntMapStamps             = "stamps"
@@ -273,6 +291,10 @@ const (
 	ShuntProgShuntGetpeername4 = "shunt_getpeername4"
 	ShuntProgShuntGetpeername6 = "shunt_getpeername6"
 	ShuntProgShuntGetsockopt   = "shunt_getsockopt"
+	ShuntProgShuntRecvmsg4     = "shunt_recvmsg4"
+	ShuntProgShuntRecvmsg6     = "shunt_recvmsg6"
+	ShuntProgShuntSendmsg4     = "shunt_sendmsg4"
+	ShuntProgShuntSendmsg6     = "shunt_sendmsg6"
 	ShuntProgShuntSkLookup     = "shunt_sk_lookup"
 	ShuntProgShuntSockops      = "shunt_sockops"
 	ShuntProgShuntStamp        = "shunt_stamp"
@@ -338,6 +360,10 @@ type ShuntProgramSpecs struct {
 	ShuntGetpeername4 *ebpf.ProgramSpec `ebpf:"shunt_getpeername4"`
 	ShuntGetpeername6 *ebpf.ProgramSpec `ebpf:"shunt_getpeername6"`
 	ShuntGetsockopt   *ebpf.ProgramSpec `ebpf:"shunt_getsockopt"`
+	ShuntRecvmsg4     *ebpf.ProgramSpec `ebpf:"shunt_recvmsg4"`
+	ShuntRecvmsg6     *ebpf.ProgramSpec `ebpf:"shunt_recvmsg6"`
+	ShuntSendmsg4     *ebpf.ProgramSpec `ebpf:"shunt_sendmsg4"`
+	ShuntSendmsg6     *ebpf.ProgramSpec `ebpf:"shunt_sendmsg6"`
 	ShuntSkLookup     *ebpf.ProgramSpec `ebpf:"shunt_sk_lookup"`
 	ShuntSockops      *ebpf.ProgramSpec `ebpf:"shunt_sockops"`
 	ShuntStamp        *ebpf.ProgramSpec `ebpf:"shunt_stamp"`
@@ -355,6 +381,7 @@ type ShuntMapSpecs struct {
 	Pods      *ebpf.MapSpec `ebpf:"pods"`
 	Ports     *ebpf.MapSpec `ebpf:"ports"`
 	Reopens   *ebpf.MapSpec `ebpf:"reopens"`
+	Resolvers *ebpf.MapSpec `ebpf:"resolvers"`
 	Slots     *ebpf.MapSpec `ebpf:"slots"`
 	Sockets   *ebpf.MapSpec `ebpf:"sockets"`
 	Stamps    *ebpf.MapSpec `ebpf:"stamps"`
@@ -405,6 +432,7 @@ type ShuntMaps struct {
 	Pods      *ebpf.Map `ebpf:"pods"`
 	Ports     *ebpf.Map `ebpf:"ports"`
 	Reopens   *ebpf.Map `ebpf:"reopens"`
+	Resolvers *ebpf.Map `ebpf:"resolvers"`
 	Slots     *ebpf.Map `ebpf:"slots"`
 	Sockets   *ebpf.Map `ebpf:"sockets"`
 	Stamps    *ebpf.Map `ebpf:"stamps"`
@@ -420,6 +448,7 @@ func (m *ShuntMaps) Close() error {
 		m.Pods,
 		m.Ports,
 		m.Reopens,
+		m.Resolvers,
 		m.Slots,
 		m.Sockets,
 		m.Stamps,
@@ -454,6 +483,10 @@ type ShuntPrograms struct {
 	ShuntGetpeername4 *ebpf.Program `ebpf:"shunt_getpeername4"`
 	ShuntGetpeername6 *ebpf.Program `ebpf:"shunt_getpeername6"`
 	ShuntGetsockopt   *ebpf.Program `ebpf:"shunt_getsockopt"`
+	ShuntRecvmsg4     *ebpf.Program `ebpf:"shunt_recvmsg4"`
+	ShuntRecvmsg6     *ebpf.Program `ebpf:"shunt_recvmsg6"`
+	ShuntSendmsg4     *ebpf.Program `ebpf:"shunt_sendmsg4"`
+	ShuntSendmsg6     *ebpf.Program `ebpf:"shunt_sendmsg6"`
 	ShuntSkLookup     *ebpf.Program `ebpf:"shunt_sk_lookup"`
 	ShuntSockops      *ebpf.Program `ebpf:"shunt_sockops"`
 	ShuntStamp        *ebpf.Program `ebpf:"shunt_stamp"`
@@ -468,6 +501,10 @@ func (p *ShuntPrograms) Close() error {
 		p.ShuntGetpeername4,
 		p.ShuntGetpeername6,
 		p.ShuntGetsockopt,
+		p.ShuntRecvmsg4,
+		p.ShuntRecvmsg6,
+		p.ShuntSendmsg4,
+		p.ShuntSendmsg6,
 		p.ShuntSkLookup,
 		p.ShuntSockops,
 		p.ShuntStamp,

@@ -4,7 +4,7 @@
 package bpf
 
 // Digest is the SHA-256 of the compiled object.
-const Digest = "3502f5546942ce1f94c43dc2c5ba0bd624763519d51c81fe55458630bffeddde"
+const Digest = "fff4076fcc6053d4834dd6c589250dbb689940c295b64678123937ae70606138"
 
 // stampCode is the program's instructions, with map descriptors of zero.
 const stampCode = "" +

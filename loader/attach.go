@@ -19,21 +19,24 @@ import (
 	"shunt.dev/shunt/bpf"
 )
 
-// Names of the folders in BPFDir that hold links: six to a cgroup, by its id;
-// two to a netns, by its cookie.
+// Names of the folders in BPFDir that hold links: six to a cgroup, ten with DNS
+// capture, by its id; two to a netns, by its cookie.
 const (
 	cgroupLinks = "cgroups"
 	netnsLinks  = "netns"
 )
 
-// hooks are the programs that are linked to a pod's cgroup.
+// A hook is a program that is linked to a pod's cgroup.
 //
 // All are linked as BPF_F_ALLOW_MULTI: the kernel runs them before those of
 // ancestors, and leaves other people's alone.
-var hooks = []struct {
+type hook struct {
 	program string
 	attach  ebpf.AttachType
-}{
+}
+
+// hooks are every pod's.
+var hooks = []hook{
 	{bpf.ShuntProgShuntSockops, ebpf.AttachCGroupSockOps},
 	{bpf.ShuntProgShuntGetsockopt, ebpf.AttachCGroupGetsockopt},
 	{bpf.ShuntProgShuntGetpeername4, ebpf.AttachCgroupInet4GetPeername},
@@ -42,12 +45,29 @@ var hooks = []struct {
 	{bpf.ShuntProgShuntConnect6, ebpf.AttachCGroupInet6Connect},
 }
 
-var hookNames = func() (names []string) {
+// dnsHooks are those that a pod with DNS capture has besides: they run for
+// datagrams.
+var dnsHooks = []hook{
+	{bpf.ShuntProgShuntRecvmsg4, ebpf.AttachCGroupUDP4Recvmsg},
+	{bpf.ShuntProgShuntRecvmsg6, ebpf.AttachCGroupUDP6Recvmsg},
+	{bpf.ShuntProgShuntSendmsg4, ebpf.AttachCGroupUDP4Sendmsg},
+	{bpf.ShuntProgShuntSendmsg6, ebpf.AttachCGroupUDP6Sendmsg},
+}
+
+// hooks are the programs that the record's pod needs.
+func (r *Record) hooks() []hook {
+	if r.Rules.Flags&bpf.ShuntPodFlagPOD_DNS != 0 {
+		return slices.Concat(hooks, dnsHooks)
+	}
+	return hooks
+}
+
+func names(hooks []hook) (names []string) {
 	for _, h := range hooks {
 		names = append(names, h.program)
 	}
 	return names
-}()
+}
 
 // A Target is what Attach attaches to.
 type Target struct {
@@ -95,10 +115,14 @@ func (d *Datapath) Attach(t Target, rules Rules) (err error) {
 		return err
 	}
 
+	if err := d.planTProxy(r, old, t.Netns); err != nil {
+		return err
+	}
+
 	// From here on the record says what may have been done.
 	defer func() {
 		if err != nil {
-			err = d.takeBack(err, old, r, t.Netns)
+			err = d.takeBack(err, old, r, t.Netns, cgroup)
 		}
 	}()
 	if err := d.writeRecord(r); err != nil {
@@ -113,28 +137,42 @@ func (d *Datapath) Attach(t Target, rules Rules) (err error) {
 			err = notUndone(err, t.Netns.removePassthrough())
 		}
 	}()
-	if old != nil {
-		if err := d.widen(old, r); err != nil {
+	return d.program(r, old, t.Netns, cgroup, t.Running)
+}
+
+// program makes the pod what its record says. before is the record by which the
+// pod is programmed so far, nil for none.
+func (d *Datapath) program(r, before *Record, n *Netns, cgroup fd, running bool) error {
+	if r.TProxy != nil && r.isTProxy() {
+		if err := n.tproxy(r.TProxy).Prepare(r.TProxy.Sysctls); err != nil {
+			return err
+		}
+	}
+	if before != nil {
+		if err := d.widen(before, r); err != nil {
 			return err
 		}
 	}
 	if err := d.writeRules(r); err != nil {
 		return err
 	}
-	if old != nil {
-		if err := d.removeRules(r.Cookie, stale(&old.Rules, &r.Rules)); err != nil {
+	if before != nil {
+		if err := d.removeRules(r.Cookie, stale(&before.Rules, &r.Rules)); err != nil {
 			return err
 		}
 	}
 	if err := d.linkCgroup(r, cgroup); err != nil {
 		return err
 	}
-	if t.Running { // by now no listener can come that the hooks don't see
-		if err := d.adoptListeners(r, t.Netns); err != nil && r.InboundHook != TC { // which finds them itself
+	if running { // by now no listener can come that the hooks don't see
+		if err := d.adoptListeners(r, n); err != nil && r.InboundHook != TC { // which finds them itself
 			return err
 		}
 	}
-	return d.linkInbound(r, t.Netns)
+	if err := d.linkInbound(r, n); err != nil {
+		return err
+	}
+	return d.dropTProxy(r, n)
 }
 
 // linkInbound makes sure of the inbound hook. One that the pod had before goes
@@ -156,22 +194,22 @@ func (d *Datapath) linkInbound(r *Record, n *Netns) error {
 // takeBack undoes an attachment that failed by err, of which old, if any, was
 // there before: a pod that runs must not lose its redirection by an attempt to
 // change it.
-func (d *Datapath) takeBack(err error, old, r *Record, n *Netns) error {
+func (d *Datapath) takeBack(err error, old, r *Record, n *Netns, cgroup fd) error {
 	if old == nil {
 		return notUndone(err, d.undo(r))
 	}
 	back := *old
+	back.TProxy = r.TProxy
 	for _, i := range slices.Concat(r.Interfaces, r.Leaving) {
 		if !slices.Contains(back.Interfaces, i) && !slices.Contains(back.Leaving, i) {
 			back.Leaving = append(slices.Clip(back.Leaving), i)
 		}
 	}
-	return notUndone(err, errors.Join(
-		d.writeRecord(&back),
-		d.writeRules(&back),
-		d.removeRules(back.Cookie, stale(&r.Rules, &back.Rules)),
-		d.linkInbound(&back, n),
-	))
+	undo := d.writeRecord(&back)
+	if undo == nil {
+		undo = d.program(&back, r, n, cgroup, false)
+	}
+	return notUndone(err, undo)
 }
 
 func notUndone(err, undo error) error {
@@ -329,7 +367,7 @@ func (d *Datapath) linkCgroup(r *Record, cgroup fd) error {
 	if err != nil {
 		return fmt.Errorf("make a folder for links: %w", err)
 	}
-	for _, h := range hooks {
+	for _, h := range r.hooks() {
 		prog, err := d.object(h.program)
 		if err != nil {
 			return err
@@ -339,7 +377,15 @@ func (d *Datapath) linkCgroup(r *Record, cgroup fd) error {
 			return err
 		}
 	}
-	return nil
+	if fresh || r.Rules.Flags&bpf.ShuntPodFlagPOD_DNS != 0 {
+		return nil
+	}
+	// What it had before under another policy. Another sandbox's stays: its
+	// programs do nothing to a pod without DNS capture.
+	if _, shared, err := d.others(r); err != nil || shared {
+		return err
+	}
+	return d.unlinkAll(dir, names(dnsHooks)...)
 }
 
 // makeDir makes a directory and the parent it lies in; it says whether the
@@ -591,10 +637,18 @@ func (d *Datapath) detach(r *Record) error {
 	}
 	if !sharedCgroup {
 		dir := d.cgroupLinks(r.CgroupID)
-		errs = append(errs, d.unlinkAll(dir, hookNames...), removeDir(dir))
+		err := d.unlinkAll(dir, names(r.hooks())...)
+		if err == nil {
+			err = removeDir(dir)
+		}
+		if errors.Is(err, unix.ENOTEMPTY) {
+			// A sandbox before this one had DNS capture.
+			err = errors.Join(d.unlinkAll(dir, names(dnsHooks)...), removeDir(dir))
+		}
+		errs = append(errs, err)
 	}
 	if !sharedNetns {
-		errs = append(errs, d.removePod(r))
+		errs = append(errs, d.removePod(r), r.undoTProxy())
 	}
 	return errors.Join(errs...)
 }
@@ -710,7 +764,7 @@ func Check(ctx context.Context, opts Options, id ID) error {
 	}
 	b := d.ofBuild(r.Build)
 	defer b.closeFDs()
-	return errors.Join(b.checkRules(r), b.checkLinks(r))
+	return errors.Join(b.checkRules(r), b.checkLinks(r), r.checkTProxy())
 }
 
 func (d *Datapath) checkRules(r *Record) error {
@@ -754,7 +808,7 @@ func (d *Datapath) checkRules(r *Record) error {
 func (d *Datapath) checkLinks(r *Record) error {
 	var errs []error
 	dir := d.cgroupLinks(r.CgroupID)
-	for _, h := range hooks {
+	for _, h := range r.hooks() {
 		prog, err := d.object(h.program)
 		if err != nil {
 			return err

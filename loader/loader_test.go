@@ -473,6 +473,79 @@ func TestPrivilegedTwoAttachmentsOfANetns(t *testing.T) {
 	nothingLeft(t, opts)
 }
 
+// tproxyState is what TPROXY mode changes in a pod's network namespace.
+func tproxyState(t testing.TB, p *testbed.Pod) string {
+	t.Helper()
+	state := p.Command(t, "ip", "rule") + p.Command(t, "ip", "-6", "rule")
+	if err := p.Do(func() error {
+		for _, key := range []string{"ipv4/tcp_fwmark_accept", "ipv4/fwmark_reflect", "ipv6/fwmark_reflect"} {
+			v, err := os.ReadFile("/proc/sys/net/" + key)
+			if err != nil {
+				return err
+			}
+			state += key + " " + string(v)
+		}
+		return nil
+	}); err != nil {
+		t.Fatal(err)
+	}
+	return state
+}
+
+func tproxyRules(p *testbed.Pod) Rules {
+	r := testRules(p)
+	r.Flags |= bpf.ShuntPodFlagPOD_TPROXY | bpf.ShuntPodFlagPOD_DNS
+	return r
+}
+
+// A failed Attach, and the last of several attachments, leave the namespace as it
+// was before the first.
+func TestPrivilegedTProxyUndone(t *testing.T) {
+	testbed.Privileged(t)
+	testbed.NoLeaks(t)
+	t.Run("failed", func(t *testing.T) {
+		opts, p := node(t), testbed.NewPod(t)
+		opts.maxPrefixes = 1
+		before := tproxyState(t, p)
+		if err := attach(t.Context(), opts, p, tproxyRules(p)); err == nil {
+			t.Fatal("attached in spite of a full map")
+		}
+		if got := tproxyState(t, p); got != before {
+			t.Errorf("left behind:\n%s", got)
+		}
+		nothingLeft(t, opts)
+	})
+	t.Run("two attachments", func(t *testing.T) {
+		opts, p := node(t), testbed.NewPod(t, testbed.Sysctl("net.ipv6.fwmark_reflect", "1"))
+		before := tproxyState(t, p)
+		mustAttach(t, opts, p, tproxyRules(p))
+		with := tproxyState(t, p)
+		second := *p
+		second.ContainerID = "second"
+		mustAttach(t, opts, &second, tproxyRules(p))
+		mustRemove(t, opts, p)
+		if err := Check(t.Context(), opts, podID(&second)); err != nil {
+			t.Error(err)
+		}
+		if got := tproxyState(t, p); got != with || with == before {
+			t.Errorf("the removal of one attachment hurt the other:\n%s", got)
+		}
+		mustRemove(t, opts, &second)
+		if got := tproxyState(t, p); got != before {
+			t.Errorf("left behind:\n%s", got)
+		}
+		nothingLeft(t, opts)
+	})
+	// Remove has only the path by which the namespace was known.
+	t.Run("namespace gone", func(t *testing.T) {
+		opts, p := node(t), testbed.NewPod(t)
+		mustAttach(t, opts, p, tproxyRules(p))
+		p.Destroy(t)
+		mustRemove(t, opts, p)
+		nothingLeft(t, opts)
+	})
+}
+
 func TestPrivilegedHostNetns(t *testing.T) {
 	testbed.Privileged(t)
 	for _, path := range []string{"/proc/self/ns/net", "/proc/thread-self/ns/net"} {
@@ -527,6 +600,7 @@ func TestRecordEncoding(t *testing.T) {
 		ID: ID{"0123abcd", "eth0"}, Network: "a \"name\"\n", Build: "datapath-1", Epoch: "epoch",
 		Pod:    PodRef{"ns", "pöd", "uid"},
 		Cookie: 1<<64 - 1, NetnsIno: 1<<32 - 1, Netns: "/var/run/netns/x", Cgroup: `/sys/fs/cgroup/a\b`, CgroupID: 1<<63 + 1,
+		TProxy: &TProxy{IPv6: true, Sysctls: map[string]string{"ipv4/a": "0", "ipv4/b": "1"}},
 		Rules: Rules{
 			UID: 1, GID: 2, OutboundPort: 3, InboundPort: 4, TunnelPort: 5, DNSPort: 6, Flags: 7,
 			Source4: netip.MustParseAddr("10.0.0.1"),
@@ -555,6 +629,19 @@ func TestRecordEncoding(t *testing.T) {
 	}
 	if diff := cmp.Diff(again, got, cmp.Comparer(func(a, b netip.Prefix) bool { return a == b }), cmp.Comparer(func(a, b netip.Addr) bool { return a == b })); diff != "" {
 		t.Errorf("what reflection writes differs (-reflection +by hand):\n%s", diff)
+	}
+}
+
+// A record of a build that knew less is read.
+func TestRecordOfEarlierBuild(t *testing.T) {
+	r := &Record{ID: ID{"0123abcd", "eth0"}, Cookie: 5}
+	text := r.encode()
+	if strings.Contains(string(text), "TProxy") {
+		t.Fatalf("an attachment without TPROXY mode says %s", text)
+	}
+	got := new(Record)
+	if err := json.Unmarshal(text, got); err != nil || got.TProxy != nil || got.Cookie != 5 {
+		t.Errorf("%+v, %v", got, err)
 	}
 }
 

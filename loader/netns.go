@@ -49,6 +49,9 @@ type Source struct {
 // programmed.
 var ErrHostNetns = errors.New("it is the host's own network namespace")
 
+// errNotNamespace: the file is there, but nothing is mounted on it any more.
+var errNotNamespace = errors.New("it is not a namespace")
+
 // OpenNetns looks at the network namespace at path. It changes nothing in it.
 func OpenNetns(path string) (_ *Netns, err error) {
 	f, err := unix.Open(path, unix.O_RDONLY|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
@@ -67,6 +70,12 @@ func OpenNetns(path string) (_ *Netns, err error) {
 		return nil, err
 	}
 	n.Inode = uint32(st.Ino)
+	var vfs unix.Statfs_t
+	if err := unix.Fstatfs(f, &vfs); err != nil {
+		return nil, err
+	} else if vfs.Type != unix.NSFS_MAGIC {
+		return nil, errNotNamespace
+	}
 	// Process 1's may be hidden from us; look compares with our own.
 	var host unix.Stat_t
 	if err := unix.Stat("/proc/1/ns/net", &host); err == nil && host.Ino == st.Ino && host.Dev == st.Dev {

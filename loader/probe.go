@@ -500,21 +500,28 @@ func (r result) read() (errno unix.Errno, ran bool) {
 
 // needs are the real programs, with the version since which the kernel has the
 // last of what each needs.
-var needs = []struct{ name, program, since string }{
+var needs = []struct{ name, program, since, neededFor string }{
 	// bpf_skc_to_tcp_sock for cgroup programs: 1df8f55a37bd.
-	{"bpf-connect4", bpf.ShuntProgShuntConnect4, "5.10"},
-	{"bpf-connect6", bpf.ShuntProgShuntConnect6, "5.10"},
+	{"bpf-connect4", bpf.ShuntProgShuntConnect4, "5.10", probe.ForEBPF},
+	{"bpf-connect6", bpf.ShuntProgShuntConnect6, "5.10", probe.ForEBPF},
 	// The attach types: 1b66d253610c.
-	{"bpf-getpeername4", bpf.ShuntProgShuntGetpeername4, "5.8"},
-	{"bpf-getpeername6", bpf.ShuntProgShuntGetpeername6, "5.8"},
+	{"bpf-getpeername4", bpf.ShuntProgShuntGetpeername4, "5.8", probe.ForEBPF},
+	{"bpf-getpeername6", bpf.ShuntProgShuntGetpeername6, "5.8", probe.ForEBPF},
 	// bpf_get_netns_cookie: f1248dee954c and 6cf1770d63dd.
-	{"bpf-getsockopt", bpf.ShuntProgShuntGetsockopt, "5.15"},
-	{"bpf-sockops", bpf.ShuntProgShuntSockops, "5.15"},
+	{"bpf-getsockopt", bpf.ShuntProgShuntGetsockopt, "5.15", probe.ForEBPF},
+	{"bpf-sockops", bpf.ShuntProgShuntSockops, "5.15", probe.ForEBPF},
 	// Bounded loops: 2589726d12a1.
-	{"bpf-adopt", bpf.ShuntProgShuntAdopt, "5.3"},
+	{"bpf-adopt", bpf.ShuntProgShuntAdopt, "5.3", probe.ForEBPF},
 	// ingress_ifindex: f89315650ba3.
-	{"bpf-stamp", bpf.ShuntProgShuntStamp, "5.17"},
-	{"bpf-sk-lookup", bpf.ShuntProgShuntSkLookup, "5.17"},
+	{"bpf-stamp", bpf.ShuntProgShuntStamp, "5.17", probe.ForEBPF},
+	{"bpf-sk-lookup", bpf.ShuntProgShuntSkLookup, "5.17", probe.ForEBPF},
+	// bpf_sk_storage_get for these types: f7c6cb1d9728.
+	{"bpf-sendmsg4", bpf.ShuntProgShuntSendmsg4, "5.8", probe.ForEBPF},
+	{"bpf-sendmsg6", bpf.ShuntProgShuntSendmsg6, "5.8", probe.ForEBPF},
+	{"bpf-recvmsg4", bpf.ShuntProgShuntRecvmsg4, "5.8", probe.ForEBPF},
+	{"bpf-recvmsg6", bpf.ShuntProgShuntRecvmsg6, "5.8", probe.ForEBPF},
+	// bpf_sk_assign: cf7fbe660f2d.
+	{"bpf-tc", bpf.ShuntProgShuntTc, "5.7", probe.ForTC},
 }
 
 func (p *prober) programs() {
@@ -528,7 +535,7 @@ func (p *prober) programs() {
 	}
 	for _, n := range needs {
 		why, err := p.loadOne(spec, n.program)
-		p.add(row(n.name, n.since, probe.ForEBPF), why, err)
+		p.add(row(n.name, n.since, n.neededFor), why, err)
 	}
 	objs, err := (&Datapath{}).loadObjects()
 	if err == nil {

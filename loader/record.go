@@ -49,6 +49,9 @@ type Record struct {
 	// Interfaces have the TC program; Leaving are those that may have it still.
 	Interfaces []TCInterface
 	Leaving    []TCInterface
+	// TProxy is what TPROXY mode has changed in the network namespace; nil for
+	// nothing.
+	TProxy *TProxy `json:",omitempty"`
 
 	Rules Rules
 }
@@ -155,6 +158,9 @@ func (r *Record) encode() []byte {
 	}
 	interfaces(`,"Interfaces":[`, r.Interfaces)
 	interfaces(`,"Leaving":[`, r.Leaving)
+	if r.TProxy != nil {
+		b = r.TProxy.encode(append(b, `,"TProxy":`...))
+	}
 	num(`,"Rules":{"UID":`, uint64(r.Rules.UID))
 	num(`,"GID":`, uint64(r.Rules.GID))
 	num(`,"OutboundPort":`, uint64(r.Rules.OutboundPort))

@@ -47,11 +47,8 @@ const (
 
 // or the pod needs what eBPF does not serve,
 const (
-	ReasonTProxy            ReasonName = "tproxy"
-	ReasonDNSCapture        ReasonName = "dns-capture"
 	ReasonExcludeInterfaces ReasonName = "exclude-interfaces"
 	ReasonRerouteInterfaces ReasonName = "reroute-interfaces"
-	ReasonUserNamespace     ReasonName = "user-namespace"
 	ReasonRuntimeClass      ReasonName = "runtime-class"      // P15a
 	ReasonSecondaryNetworks ReasonName = "secondary-networks" // P15b
 )
@@ -64,6 +61,7 @@ const (
 	ReasonNoPermission  ReasonName = "no-permission"  // EPERM: capabilities, lockdown or a security module
 	ReasonLoadRefused   ReasonName = "load-refused"   // the kernel has not what the programs need
 	ReasonAttachRefused ReasonName = "attach-refused" // the kernel, or somebody's exclusive program, keeps ours out
+	ReasonUserNamespace ReasonName = "user-namespace" // of a pod with hostUsers: false, its ids can't be told
 	ReasonListener      ReasonName = "listener"       // a running proxy's listener could not be registered
 	ReasonMapFull       ReasonName = "map-full"       // the node's pods have filled a map
 	ReasonOtherBuild    ReasonName = "other-build"    // pods use the datapath of another build
@@ -114,20 +112,11 @@ var needs = []struct {
 	name ReasonName
 	of   func(p *Policy) string // empty: it does not ask for it
 }{
-	{ReasonTProxy, func(p *Policy) string {
-		return when(p.Mode == ModeTProxy, "interception mode TPROXY is asked for (annotation "+keyMode+")")
-	}},
-	{ReasonDNSCapture, func(p *Policy) string {
-		return when(p.DNSCapture, "DNS capture is asked for ("+keyDNSCapture+" of the proxy)")
-	}},
 	{ReasonExcludeInterfaces, func(p *Policy) string {
 		return when(len(p.ExcludeInterfaces) > 0, "interfaces are excluded: "+strings.Join(p.ExcludeInterfaces, ", "))
 	}},
 	{ReasonRerouteInterfaces, func(p *Policy) string {
 		return when(len(p.RerouteInterfaces) > 0, "interfaces are rerouted: "+strings.Join(p.RerouteInterfaces, ", "))
-	}},
-	{ReasonUserNamespace, func(p *Policy) string {
-		return when(!p.HostUsers, "the pod has a user namespace of its own (hostUsers: false)")
 	}},
 	{ReasonRuntimeClass, func(p *Policy) string {
 		return when(p.RuntimeClass != "", fmt.Sprintf(

@@ -33,6 +33,7 @@ func TestChoose(t *testing.T) {
 			Datapath: EBPF, Hook: HookSkLookup, Fallback: true, Reasons: Reasons{{ReasonAnnotation, "shunt.dev/inbound-hook sk_lookup (annotation)"}},
 		}},
 		{name: "INVALID is no matter", policy: func(p *Policy) { p.InvalidDrop = true }, want: served},
+		{name: "TPROXY, DNS and user namespaces are served", policy: func(p *Policy) { p.Mode, p.DNSCapture, p.HostUsers = ModeTProxy, true, false }, want: served},
 		{name: "iptables", datapath: "iptables", want: iptables(ReasonConfigured, "datapath iptables (netconf)")},
 		{name: "iptables by annotation", pod: []string{KeyDatapath, "iptables"}, want: iptables(ReasonAnnotation, "shunt.dev/datapath iptables (annotation)")},
 		{name: "iptables has no hook", datapath: "iptables", hook: "tc", want: iptables(ReasonConfigured, "datapath iptables (netconf)")},
@@ -88,11 +89,8 @@ func TestChooseNeeds(t *testing.T) {
 		text   string
 		policy func(*Policy)
 	}{
-		{"tproxy", "interception mode TPROXY is asked for (annotation sidecar.istio.io/interceptionMode)", func(p *Policy) { p.Mode = ModeTProxy }},
-		{"dns-capture", "DNS capture is asked for (ISTIO_META_DNS_CAPTURE of the proxy)", func(p *Policy) { p.DNSCapture = true }},
 		{"exclude-interfaces", "interfaces are excluded: e0, e1", func(p *Policy) { p.ExcludeInterfaces = []string{"e0", "e1"} }},
 		{"reroute-interfaces", "interfaces are rerouted: r0", func(p *Policy) { p.RerouteInterfaces = []string{"r0"} }},
-		{"user-namespace", "the pod has a user namespace of its own (hostUsers: false)", func(p *Policy) { p.HostUsers = false }},
 		{"runtime-class", `runtimeClassName "kata" is not among nativeRuntimeClasses: its containers may not be processes of this kernel`, func(p *Policy) { p.RuntimeClass = "kata" }},
 		{"secondary-networks", "further networks are attached after this plugin (annotation k8s.v1.cni.cncf.io/networks)", func(p *Policy) { p.SecondaryNetworks = true }},
 	}

@@ -248,11 +248,26 @@ func (a *Actor) PassSocket(t testing.TB, sock int, to *Actor) (there int) {
 // it: its owner, its cgroup and its network namespace are the actor's.
 func (a *Actor) Take(t testing.TB, sock int) (fd int) {
 	t.Helper()
+	fd = a.copySocket(t, sock)
+	a.Close(t, sock)
+	return fd
+}
+
+// TakeSocket is Take of a copy: the actor's stays open; the copy is closed when
+// the test ends, unless that was done.
+func (a *Actor) TakeSocket(t testing.TB, sock int) *os.File {
+	t.Helper()
+	f := os.NewFile(uintptr(a.copySocket(t, sock)), "socket of "+a.Name)
+	t.Cleanup(func() { f.Close() })
+	return f
+}
+
+func (a *Actor) copySocket(t testing.TB, sock int) (fd int) {
+	t.Helper()
 	fd, err := a.wire.pass(sock)
 	if err != nil {
 		t.Fatalf("actor %s: take socket: %v", a.Name, err)
 	}
-	a.Close(t, sock)
 	return fd
 }
 

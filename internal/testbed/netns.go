@@ -8,9 +8,11 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"runtime"
 	"strings"
+	"syscall"
 	"testing"
 
 	"github.com/vishvananda/netlink"
@@ -29,23 +31,32 @@ type namespace struct {
 }
 
 // newNamespace makes a namespace with lo up, mounted at a file in a temporary
-// directory of the test, and closes it when the test ends.
-func newNamespace(t testing.TB) *namespace {
+// directory of the test, and closes it when the test ends. users is as in
+// UserNamespace; 0: our own owns it.
+func newNamespace(t testing.TB, users int) *namespace {
 	t.Helper()
 	n := &namespace{path: filepath.Join(t.TempDir(), "netns")}
 	// A mount point, not an object: the file must exist before the mount.
 	if err := os.WriteFile(n.path, nil, 0o444); err != nil {
 		t.Fatalf("create mount point: %v", err)
 	}
-	err := onThread(func() error {
-		if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
-			return fmt.Errorf("unshare network namespace: %w", err)
-		}
-		if err := unix.Mount(threadNetns, n.path, "", unix.MS_BIND, ""); err != nil {
+	mount := func(from string) error {
+		if err := unix.Mount(from, n.path, "", unix.MS_BIND, ""); err != nil {
 			return fmt.Errorf("bind network namespace to %s: %w", n.path, err)
 		}
 		return nil
-	})
+	}
+	var err error
+	if users != 0 {
+		err = inUserNamespace(users, mount)
+	} else {
+		err = onThread(func() error {
+			if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
+				return fmt.Errorf("unshare network namespace: %w", err)
+			}
+			return mount(threadNetns)
+		})
+	}
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -68,6 +79,39 @@ func newNamespace(t testing.TB) *namespace {
 		t.Fatalf("set lo up: %v", err)
 	}
 	return n
+}
+
+// inUserNamespace calls fn with the path of a new network namespace, for as long
+// as that is good, which a new user namespace owns.
+func inUserNamespace(first int, fn func(path string) error) error {
+	// The network namespace comes after the ids' map, as runtimes make it: the
+	// kernel looks then who owns its files in /proc/net. cat says when that is
+	// done, and ends with its input.
+	cmd := exec.Command("unshare", "--net", "cat")
+	ids := []syscall.SysProcIDMap{{ContainerID: 0, HostID: first, Size: 65536}}
+	cmd.SysProcAttr = &syscall.SysProcAttr{
+		Cloneflags: syscall.CLONE_NEWUSER, UidMappings: ids, GidMappings: ids,
+		Credential: &syscall.Credential{Uid: 0, Gid: 0},
+	}
+	in, err := cmd.StdinPipe()
+	if err != nil {
+		return err
+	}
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		return err
+	}
+	if err := cmd.Start(); err != nil {
+		return fmt.Errorf("start a process in a user namespace: %w", err)
+	}
+	_, err = in.Write([]byte{'x'})
+	if err == nil {
+		_, err = out.Read(make([]byte, 1))
+	}
+	if err == nil {
+		err = fn(fmt.Sprintf("/proc/%d/ns/net", cmd.Process.Pid))
+	}
+	return errors.Join(err, in.Close(), cmd.Wait())
 }
 
 // close lets go of the namespace; the kernel removes it when the last process

@@ -62,6 +62,7 @@ type podConfig struct {
 	sandboxOf  *Pod
 	sysctls    [][2]string
 	loopbackV6 bool
+	users      int // UserNamespace's
 }
 
 // Option is a wish for NewPod.
@@ -114,6 +115,11 @@ func SandboxOf(old *Pod) Option { return func(c *podConfig) { c.sandboxOf = old 
 func Sysctl(key, value string) Option {
 	return func(c *podConfig) { c.sysctls = append(c.sysctls, [2]string{key, value}) }
 }
+
+// UserNamespace has the pod's network namespace be owned by a user namespace of
+// its own, in which ids are what they are here less first. As after a runtime's
+// work, no process is left in it. Actors have ids as they are here.
+func UserNamespace(first int) Option { return func(c *podConfig) { c.users = first } }
 
 func prefixes(ss []string) []netip.Prefix {
 	var ps []netip.Prefix
@@ -170,7 +176,7 @@ func NewPod(t testing.TB, opts ...Option) *Pod {
 	if p.cgroup == nil {
 		p.cgroup = newCgroup(t, p.UID)
 	}
-	p.namespace = newNamespace(t)
+	p.namespace = newNamespace(t, c.users)
 	sysctls := append([][2]string{
 		// As containerd and CRI-O set it: no port needs a capability.
 		{"net.ipv4.ip_unprivileged_port_start", "0"},

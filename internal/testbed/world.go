@@ -55,7 +55,7 @@ type World struct {
 // NewWorld makes a world that ends with the test.
 func NewWorld(t testing.TB) *World {
 	t.Helper()
-	w := &World{namespace: newNamespace(t)}
+	w := &World{namespace: newNamespace(t, 0)}
 	for _, s := range [][2]string{
 		{"net.ipv4.ip_forward", "1"},
 		{"net.ipv4.conf.all.rp_filter", "0"},

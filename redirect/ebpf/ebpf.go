@@ -46,6 +46,9 @@ func (b *Backend) Apply(ctx context.Context, t redirect.Target, p *redirect.Poli
 	}
 	defer ns.Close()
 	rules := Compile(p, Net{Addrs: t.Addrs, Netns: ns})
+	if rules.UID, rules.GID, err = ns.HostIDs(rules.UID, rules.GID, p.HostUsers); err != nil {
+		return err
+	}
 	d, err := loader.Open(ctx, b.opts)
 	if err != nil {
 		return err
@@ -110,6 +113,7 @@ func Reason(err error) redirect.Reason {
 		{loader.ErrFull, redirect.ReasonMapFull},
 		{loader.ErrAttach, redirect.ReasonAttachRefused},
 		{loader.ErrListener, redirect.ReasonListener},
+		{loader.ErrUserNamespace, redirect.ReasonUserNamespace},
 		{unix.EPERM, redirect.ReasonNoPermission},
 	} {
 		if errors.Is(err, known.is) {
@@ -146,8 +150,9 @@ func (n Net) all() []netip.Addr {
 }
 
 // Compile turns a policy into the tables of one pod. It never cuts a list
-// short. What the programs have no notion of (interfaces, TPROXY) is for the
-// choice of the backend to keep away from here.
+// short. What the programs have no notion of (interfaces) is for the choice of
+// the backend to keep away from here. The proxy's ids are the pod's own; see
+// loader.Netns.HostIDs.
 func Compile(p *redirect.Policy, n Net) loader.Rules {
 	r := loader.Rules{
 		UID: p.Proxy.UID, GID: p.Proxy.GID,
@@ -164,6 +169,7 @@ func Compile(p *redirect.Policy, n Net) loader.Rules {
 		{bpf.ShuntPodFlagPOD_IN_ALL, p.IncludeInboundPorts.All},
 		{bpf.ShuntPodFlagPOD_NO_OUT_LOCAL, p.IncludesLoopback()},
 		{bpf.ShuntPodFlagPOD_DNS, p.DNSCapture},
+		{bpf.ShuntPodFlagPOD_TPROXY, p.Mode == redirect.ModeTProxy},
 	} {
 		if f.on {
 			r.Flags |= f.flag

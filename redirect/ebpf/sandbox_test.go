@@ -12,8 +12,18 @@ import (
 	"shunt.dev/shunt/internal/testbed"
 )
 
-// attached counts the programs at each hook of the pod's cgroup.
+// attached counts the programs at each hook of the pod's cgroup that every pod
+// has.
 func attached(t *testing.T, p *testbed.Pod) map[ebpf.AttachType]int {
+	t.Helper()
+	return attachedAt(t, p, []ebpf.AttachType{
+		ebpf.AttachCGroupSockOps, ebpf.AttachCGroupGetsockopt,
+		ebpf.AttachCGroupInet4Connect, ebpf.AttachCGroupInet6Connect,
+		ebpf.AttachCgroupInet4GetPeername, ebpf.AttachCgroupInet6GetPeername,
+	})
+}
+
+func attachedAt(t *testing.T, p *testbed.Pod, types []ebpf.AttachType) map[ebpf.AttachType]int {
 	t.Helper()
 	dir, err := os.Open(p.CgroupPath())
 	if err != nil {
@@ -21,11 +31,7 @@ func attached(t *testing.T, p *testbed.Pod) map[ebpf.AttachType]int {
 	}
 	defer dir.Close()
 	found := map[ebpf.AttachType]int{}
-	for _, a := range []ebpf.AttachType{
-		ebpf.AttachCGroupSockOps, ebpf.AttachCGroupGetsockopt,
-		ebpf.AttachCGroupInet4Connect, ebpf.AttachCGroupInet6Connect,
-		ebpf.AttachCgroupInet4GetPeername, ebpf.AttachCgroupInet6GetPeername,
-	} {
+	for _, a := range types {
 		progs, err := link.QueryPrograms(link.QueryOptions{Target: int(dir.Fd()), Attach: a})
 		if err != nil {
 			t.Fatalf("query %v: %v", a, err)

@@ -130,7 +130,7 @@ func (b *Backend) Apply(ctx context.Context, t redirect.Target, p *redirect.Poli
 	if r.TProxy {
 		if before != nil && before.TProxy {
 			r.Sysctls = before.Sysctls
-		} else if r.Sysctls, err = n.sysctls(); err != nil {
+		} else if r.Sysctls, err = n.tproxy(n.families()).Sysctls(); err != nil {
 			return err
 		}
 	}

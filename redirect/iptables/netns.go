@@ -9,13 +9,11 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"maps"
 	"net"
 	"net/netip"
 	"os"
 	"runtime"
 	"slices"
-	"strings"
 	"syscall"
 	"unsafe"
 
@@ -23,6 +21,7 @@ import (
 	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
 
+	"shunt.dev/shunt/internal/tproxy"
 	"shunt.dev/shunt/loader"
 )
 
@@ -166,15 +165,9 @@ func (n *namespace) look() error {
 			n.has6 = true
 		}
 	}
-	// Switched off for all and for what is to come, and nowhere on again: an
-	// address that comes must be covered.
-	n.ipv6 = len(addrs) > 0 || !isOne("/proc/sys/net/ipv6/conf/all/disable_ipv6") || !isOne("/proc/sys/net/ipv6/conf/default/disable_ipv6")
-	return nil
-}
-
-func isOne(path string) bool {
-	b, err := os.ReadFile(path)
-	return err == nil && strings.TrimSpace(string(b)) == "1"
+	// An address that comes must be covered too.
+	n.ipv6, err = tproxy.HasIPv6()
+	return err
 }
 
 // findUsers asks who owns the namespace: -m owner can be put into it from its
@@ -316,103 +309,24 @@ func addrS6() *netlink.Addr {
 	}
 }
 
-func markRule(f Family) *netlink.Rule {
-	r := netlink.NewRule()
-	full := uint32(0xffffffff)
-	// A priority of one's own keeps the kernel from taking a second one.
-	r.Family, r.Mark, r.Mask, r.Table, r.Priority = nlFamily(f), Mark, &full, Table, Table
-	return r
-}
-
-// markRoute makes everything local that comes to its table.
-func markRoute(f Family) *netlink.Route {
-	dst := &net.IPNet{IP: net.IPv4zero.To4(), Mask: net.CIDRMask(0, 32)}
-	if f == IPv6 {
-		dst = &net.IPNet{IP: net.IPv6zero, Mask: net.CIDRMask(0, 128)}
-	}
-	r := &netlink.Route{Family: nlFamily(f), Table: Table, Type: unix.RTN_LOCAL, LinkIndex: loIndex, Dst: dst}
-	if f == IPv4 {
-		r.Scope = netlink.SCOPE_HOST
-	}
-	return r
-}
-
-func nlFamily(f Family) int {
-	if f == IPv6 {
-		return unix.AF_INET6
-	}
-	return unix.AF_INET
-}
-
-// tproxySysctls are switched on in TPROXY mode, below /proc/sys/net.
-func tproxySysctls(families []Family) []string {
-	list := []string{"ipv4/tcp_fwmark_accept", "ipv4/fwmark_reflect"}
-	if slices.Contains(families, IPv6) {
-		list = append(list, "ipv6/fwmark_reflect")
-	}
-	return list
-}
-
-const sysctlDir = "/proc/sys/net/" // of the thread's network namespace
-
-// sysctls reads what tproxySysctls are.
-func (n *namespace) sysctls() (values map[string]string, err error) {
-	values = map[string]string{}
-	err = n.do(func() error {
-		for _, key := range tproxySysctls(n.families()) {
-			b, err := os.ReadFile(sysctlDir + key)
-			if err != nil {
-				return fmt.Errorf("read sysctl: %w", err)
-			}
-			values[key] = strings.TrimSpace(string(b))
-		}
-		return nil
-	})
-	return values, err
-}
-
-func (n *namespace) setSysctls(values map[string]string) error {
-	return n.do(func() error {
-		for key, value := range values {
-			if err := os.WriteFile(sysctlDir+key, []byte(value), 0); err != nil {
-				return fmt.Errorf("set sysctl: %w", err)
-			}
-		}
-		return nil
-	})
+// tproxy is what the namespace is to package tproxy.
+func (n *namespace) tproxy(families []Family) tproxy.Netns {
+	return tproxy.Netns{FD: n.fd, Do: n.do, IPv6: slices.Contains(families, IPv6)}
 }
 
 // prepare makes what the rules of a record need.
 func (n *namespace) prepare(r *record) error {
-	if !r.S6 && !r.TProxy {
-		return nil
-	}
 	if r.TProxy {
-		on := map[string]string{}
-		for key := range r.Sysctls {
-			on[key] = "1"
-		}
-		if err := n.setSysctls(on); err != nil {
+		if err := n.tproxy(r.families()).Prepare(r.Sysctls); err != nil {
 			return err
 		}
 	}
+	if !r.S6 {
+		return nil
+	}
 	return n.route(func(h *netlink.Handle) error {
-		if r.S6 {
-			if err := h.AddrAdd(linkLo(), addrS6()); err != nil && !errors.Is(err, unix.EEXIST) {
-				return fmt.Errorf("put %v on lo: %w", passthrough6, err)
-			}
-		}
-		if !r.TProxy {
-			return nil
-		}
-		for _, f := range r.families() {
-			// The route first: a rule without it would lead on to others.
-			if err := h.RouteAdd(markRoute(f)); err != nil && !errors.Is(err, unix.EEXIST) {
-				return fmt.Errorf("add the %v route of table %d: %w", f, Table, err)
-			}
-			if err := h.RuleAdd(markRule(f)); err != nil && !errors.Is(err, unix.EEXIST) {
-				return fmt.Errorf("add the %v rule for mark %#x: %w", f, Mark, err)
-			}
+		if err := h.AddrAdd(linkLo(), addrS6()); err != nil && !errors.Is(err, unix.EEXIST) {
+			return fmt.Errorf("put %v on lo: %w", passthrough6, err)
 		}
 		return nil
 	})
@@ -420,41 +334,24 @@ func (n *namespace) prepare(r *record) error {
 
 // unprepare undoes prepare.
 func (n *namespace) unprepare(r *record) error {
-	if !r.S6 && !r.TProxy {
-		return nil
-	}
-	var sysctls error
+	var errs []error
 	if r.TProxy {
-		sysctls = n.setSysctls(r.Sysctls)
+		errs = append(errs, n.tproxy(r.families()).Undo(r.Sysctls))
 	}
-	return errors.Join(sysctls, n.route(func(h *netlink.Handle) error {
-		var errs []error
-		try := func(what string, err error) {
-			if err != nil && !isGone(err) {
-				errs = append(errs, fmt.Errorf("remove %s: %w", what, err))
+	if r.S6 {
+		errs = append(errs, n.route(func(h *netlink.Handle) error {
+			if err := h.AddrDel(linkLo(), addrS6()); err != nil && !isGone(err) {
+				return fmt.Errorf("remove ::6 from lo: %w", err)
 			}
-		}
-		if r.S6 {
-			try("::6 from lo", h.AddrDel(linkLo(), addrS6()))
-		}
-		if r.TProxy {
-			for _, f := range r.families() {
-				try(fmt.Sprintf("the %v rule for mark %#x", f, Mark), h.RuleDel(markRule(f)))
-				try(fmt.Sprintf("the %v route of table %d", f, Table), h.RouteDel(markRoute(f)))
-			}
-		}
-		return errors.Join(errs...)
-	}))
+			return nil
+		}))
+	}
+	return errors.Join(errs...)
 }
 
 // isGone: what is to be removed is not there, nor may be its whole family.
 func isGone(err error) bool {
-	for _, e := range []error{unix.ENOENT, unix.ESRCH, unix.EADDRNOTAVAIL, unix.EAFNOSUPPORT, unix.ENODEV} {
-		if errors.Is(err, e) {
-			return true
-		}
-	}
-	return false
+	return errors.Is(err, unix.EADDRNOTAVAIL) || errors.Is(err, unix.EAFNOSUPPORT) || errors.Is(err, unix.ENODEV)
 }
 
 // checkPrepared says what prepare has made and is not there; "" for nothing.
@@ -462,50 +359,9 @@ func (n *namespace) checkPrepared(r *record) (missing []string, err error) {
 	if r.S6 && !n.hasS6 {
 		missing = append(missing, "::6/128 is not on lo")
 	}
-	if !r.TProxy {
-		return missing, nil
+	if r.TProxy {
+		more, err := n.tproxy(r.families()).Check(r.Sysctls)
+		return append(missing, more...), err
 	}
-	now, err := n.sysctls()
-	if err != nil {
-		return missing, err
-	}
-	for _, key := range slices.Sorted(maps.Keys(r.Sysctls)) {
-		if now[key] != "1" {
-			missing = append(missing, fmt.Sprintf("sysctl net/%s is %q, it should be 1", key, now[key]))
-		}
-	}
-	err = n.route(func(h *netlink.Handle) error {
-		for _, f := range r.families() {
-			rules, err := h.RuleListFiltered(nlFamily(f), &netlink.Rule{Mark: Mark, Table: Table}, netlink.RT_FILTER_MARK|netlink.RT_FILTER_TABLE)
-			if err != nil {
-				return fmt.Errorf("list %v rules: %w", f, err)
-			}
-			if len(rules) != 1 {
-				missing = append(missing, fmt.Sprintf("%d %v routing rules lead mark %#x to table %d, there should be 1", len(rules), f, Mark, Table))
-			}
-			routes, err := h.RouteListFiltered(nlFamily(f), &netlink.Route{Table: Table}, netlink.RT_FILTER_TABLE)
-			if err != nil && !errors.Is(err, unix.ENOENT) {
-				return fmt.Errorf("list %v routes: %w", f, err)
-			}
-			local := 0
-			for _, x := range routes {
-				if ones := maskOf(x.Dst); x.Type == unix.RTN_LOCAL && x.LinkIndex == loIndex && ones == 0 {
-					local++
-				}
-			}
-			if local != 1 {
-				missing = append(missing, fmt.Sprintf("%d %v routes of table %d make everything local, there should be 1", local, f, Table))
-			}
-		}
-		return nil
-	})
-	return missing, err
-}
-
-func maskOf(dst *net.IPNet) int {
-	if dst == nil {
-		return 0
-	}
-	ones, _ := dst.Mask.Size()
-	return ones
+	return missing, nil
 }

@@ -8,6 +8,7 @@ import (
 	"strconv"
 	"strings"
 
+	"shunt.dev/shunt/internal/tproxy"
 	"shunt.dev/shunt/redirect"
 )
 
@@ -26,8 +27,8 @@ func (f Family) String() string { return "IPv" + strconv.Itoa(int(f)) }
 // Mark is what TPROXY puts on packets, and what the rule that looks up Table
 // asks for: both as a pod's proxy knows them from other redirectors.
 const (
-	Mark  = 0x539
-	Table = 133
+	Mark  = tproxy.Mark
+	Table = tproxy.Table
 )
 
 // prefix begins the names of our chains. Whatever in a pod's namespace begins
