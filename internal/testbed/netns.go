@@ -8,9 +8,11 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"runtime"
 	"strings"
+	"syscall"
 	"testing"
 
 	"github.com/vishvananda/netlink"
@@ -32,20 +34,65 @@ type namespace struct {
 // directory of the test, and closes it when the test ends.
 func newNamespace(t testing.TB) *namespace {
 	t.Helper()
+	return newNamespaceBy(t, func(path string) error {
+		return onThread(func() error {
+			if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
+				return fmt.Errorf("unshare network namespace: %w", err)
+			}
+			return bindNamespace(threadNetns, path)
+		})
+	})
+}
+
+// newNamespaceOfUsers is newNamespace, but that the namespace belongs to a user
+// namespace of its own, whose id 0 is id base here.
+func newNamespaceOfUsers(t testing.TB, base int) *namespace {
+	t.Helper()
+	return newNamespaceBy(t, func(path string) error {
+		// After the ids' map, as runtimes make it: the kernel looks then who
+		// owns the files in /proc/net.
+		cmd := exec.Command("unshare", "--net", "sleep", "1000")
+		ids := []syscall.SysProcIDMap{{ContainerID: 0, HostID: base, Size: 65536}}
+		cmd.SysProcAttr = &syscall.SysProcAttr{
+			Cloneflags: syscall.CLONE_NEWUSER, UidMappings: ids, GidMappings: ids,
+			Credential: &syscall.Credential{Uid: 0, Gid: 0},
+		}
+		if err := cmd.Start(); err != nil {
+			return fmt.Errorf("unshare user namespace: %w", err)
+		}
+		defer func() {
+			_ = cmd.Process.Kill() // the mount keeps both namespaces
+			_ = cmd.Wait()
+		}()
+		its := fmt.Sprintf("/proc/%d/ns/net", cmd.Process.Pid)
+		own, err := os.Readlink(threadNetns)
+		if err != nil {
+			return fmt.Errorf("read own network namespace: %w", err)
+		}
+		Eventually(t, "a network namespace of other users", func() bool {
+			link, err := os.Readlink(its)
+			return err == nil && link != own
+		})
+		return bindNamespace(its, path)
+	})
+}
+
+func bindNamespace(from, path string) error {
+	if err := unix.Mount(from, path, "", unix.MS_BIND, ""); err != nil {
+		return fmt.Errorf("bind network namespace to %s: %w", path, err)
+	}
+	return nil
+}
+
+// newNamespaceBy has unshare make a namespace and mount it at path.
+func newNamespaceBy(t testing.TB, unshare func(path string) error) *namespace {
+	t.Helper()
 	n := &namespace{path: filepath.Join(t.TempDir(), "netns")}
 	// A mount point, not an object: the file must exist before the mount.
 	if err := os.WriteFile(n.path, nil, 0o444); err != nil {
 		t.Fatalf("create mount point: %v", err)
 	}
-	err := onThread(func() error {
-		if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
-			return fmt.Errorf("unshare network namespace: %w", err)
-		}
-		if err := unix.Mount(threadNetns, n.path, "", unix.MS_BIND, ""); err != nil {
-			return fmt.Errorf("bind network namespace to %s: %w", n.path, err)
-		}
-		return nil
-	})
+	err := unshare(n.path)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -60,6 +60,7 @@ type podConfig struct {
 	name, ns   string
 	uid        string
 	sandboxOf  *Pod
+	users      int
 	sysctls    [][2]string
 	loopbackV6 bool
 }
@@ -108,6 +109,10 @@ func WithUID(uid string) Option { return func(c *podConfig) { c.uid = uid } }
 // and addresses, if no option says otherwise; the old one must then be taken
 // down first ([Pod.Destroy]), or both in one world would fight over the routes.
 func SandboxOf(old *Pod) Option { return func(c *podConfig) { c.sandboxOf = old } }
+
+// OwnUsers gives the pod a user namespace of its own, whose id 0 is id base
+// here. Actors have ids of here, and belong to the pod by base and more.
+func OwnUsers(base int) Option { return func(c *podConfig) { c.users = base } }
 
 // Sysctl sets a value below /proc/sys in the pod's namespace before there is
 // an interface in it.
@@ -170,7 +175,11 @@ func NewPod(t testing.TB, opts ...Option) *Pod {
 	if p.cgroup == nil {
 		p.cgroup = newCgroup(t, p.UID)
 	}
-	p.namespace = newNamespace(t)
+	if c.users != 0 {
+		p.namespace = newNamespaceOfUsers(t, c.users)
+	} else {
+		p.namespace = newNamespace(t)
+	}
 	sysctls := append([][2]string{
 		// As containerd and CRI-O set it: no port needs a capability.
 		{"net.ipv4.ip_unprivileged_port_start", "0"},
