@@ -30,12 +30,14 @@ import (
 // it; one that learns more has its Features widened here.
 var kinds = []struct {
 	name string
+	hook redirect.Hook // of eBPF
 	can  flowgen.Features
 	open func(t testing.TB, n *node)
 }{
-	{"ebpf", flowgen.Features{ConnectHooks: true}, openEBPF(nil)},
-	{"iptables-nft", flowgen.Features{Interfaces: true, TProxy: true, DNS: true}, openIPTables(iptables.NFT)},
-	{"iptables-legacy", flowgen.Features{Interfaces: true, TProxy: true, DNS: true}, openIPTables(iptables.Legacy)},
+	{"ebpf", redirect.HookSkLookup, flowgen.Features{ConnectHooks: true, TProxy: true, DNS: true}, openEBPF(nil)},
+	{"ebpf-tc", redirect.HookTC, flowgen.Features{ConnectHooks: true, TProxy: true, DNS: true}, openEBPF(nil)},
+	{"iptables-nft", "", flowgen.Features{Interfaces: true, TProxy: true, DNS: true}, openIPTables(iptables.NFT)},
+	{"iptables-legacy", "", flowgen.Features{Interfaces: true, TProxy: true, DNS: true}, openIPTables(iptables.Legacy)},
 }
 
 // openEBPF opens a node's eBPF backend, by options that edit may change.
@@ -78,6 +80,7 @@ func begin(t *testing.T) {
 type node struct {
 	redirect.Backend
 	name  string
+	hook  redirect.Hook
 	can   flowgen.Features
 	world *testbed.World
 
@@ -91,7 +94,7 @@ func nodes(t testing.TB, need func(can flowgen.Features) bool) (all []*node) {
 		if !need(k.can) {
 			continue
 		}
-		n := &node{name: k.name, can: k.can, world: testbed.NewWorld(t)}
+		n := &node{name: k.name, hook: k.hook, can: k.can, world: testbed.NewWorld(t)}
 		n.world.ServeAll(t)
 		k.open(t, n)
 		all = append(all, n)
@@ -118,6 +121,7 @@ const settled = 10 * time.Second
 func (n *node) apply(t testing.TB, p *testbed.Pod, policy *redirect.Policy) {
 	t.Helper()
 	to := target(p)
+	to.Hook = n.hook
 	if err := n.Apply(t.Context(), to, policy); err != nil {
 		t.Fatalf("%s: apply: %v", n.name, err)
 	}

@@ -132,6 +132,9 @@ func ProxyEnv(name, value string) PodMutator {
 	}
 }
 
+// HostUsers sets hostUsers.
+func HostUsers(on bool) PodMutator { return func(k *KubePod) { k.Spec.HostUsers = &on } }
+
 // Injected gives the pod as Kubernetes knows it: with an app that declares port
 // 8080 and a sidecar proxy that the mesh has injected. It may be given to
 // [APIServer.SetPod].

@@ -33,10 +33,15 @@ func (f *fake) do(verb string) error {
 }
 
 func (f *fake) Apply(context.Context, redirect.Target, *redirect.Policy) error { return f.do("apply") }
-func (f *fake) Check(context.Context, redirect.Target) error                   { return f.do("check") }
-func (f *fake) Remove(context.Context, redirect.Attachment) error              { return f.do("remove") }
-func (f *fake) Yield(context.Context, redirect.Attachment) error               { return f.do("yield") }
-func (f *fake) Ready(context.Context) error                                    { return f.do("ready") }
+
+func (f *fake) Check(context.Context, redirect.Target) error { return f.do("check") }
+
+func (f *fake) Remove(context.Context, redirect.Attachment) error { return f.do("remove") }
+
+func (f *fake) Yield(context.Context, redirect.Attachment) error { return f.do("yield") }
+
+func (f *fake) Ready(context.Context) error { return f.do("ready") }
+
 func (f *fake) Attachments(context.Context, string) ([]redirect.Attachment, error) {
 	return f.has, f.do("list")
 }

@@ -22,7 +22,6 @@ import (
 
 	"shunt.dev/shunt/bpf"
 	"shunt.dev/shunt/internal/testbed"
-	"shunt.dev/shunt/loader"
 	"shunt.dev/shunt/redirect"
 )
 
