@@ -581,7 +581,7 @@ func (d *Datapath) netnsLinks(cookie uint64) string {
 // Remove undoes Attach, by the attachment's ID alone. It succeeds when there is
 // nothing to do.
 func Remove(ctx context.Context, opts Options, id ID) error {
-	if !hasRecord(opts, id) {
+	if !Attached(opts, id) {
 		return nil
 	}
 	d, err := openForRemoval(ctx, opts)
@@ -596,9 +596,10 @@ func Remove(ctx context.Context, opts Options, id ID) error {
 	return d.undo(r)
 }
 
-// hasRecord looks without the lock: the shortcut for pods that have nothing, on
+// Attached reports whether an attachment may have been made and not been
+// removed. It looks without the lock: the shortcut for pods that have nothing, on
 // a node that may never have had anything.
-func hasRecord(opts Options, id ID) bool {
+func Attached(opts Options, id ID) bool {
 	d := &Datapath{opts: opts}
 	_, err := os.Lstat(d.recordPath(id))
 	return !errors.Is(err, fs.ErrNotExist)

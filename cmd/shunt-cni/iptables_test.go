@@ -25,7 +25,7 @@ func TestPrivilegedIptables(t *testing.T) {
 	}{
 		{"configuration", "iptables", func(*testbed.KubePod) {}},
 		{"annotation", "auto", testbed.Annotate("shunt.dev/datapath", "iptables")},
-		{"need", "auto", testbed.ProxyEnv("ISTIO_META_DNS_CAPTURE", "true")},
+		{"need", "auto", testbed.Annotate("traffic.sidecar.istio.io/excludeInterfaces", "net1")},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			api := testbed.NewAPIServer(t)

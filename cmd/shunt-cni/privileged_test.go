@@ -155,6 +155,43 @@ func (n *node) pod(t testing.TB, opts ...testbed.Option) *testbed.Pod {
 	return p
 }
 
+// heavyPod makes a pod of the mesh that needs all that eBPF does for a pod: DNS
+// capture and TPROXY mode.
+func (n *node) heavyPod(t testing.TB) *testbed.Pod {
+	t.Helper()
+	p := testbed.NewPod(t, testbed.InWorld(n.world))
+	n.api.SetPod(t, p.Namespace, p.Name, p.Injected(
+		testbed.Annotate("sidecar.istio.io/interceptionMode", "TPROXY"), testbed.ProxyEnv("ISTIO_META_DNS_CAPTURE", "true")))
+	return p
+}
+
+// expectMarks fails the test unless TPROXY mode's changes to a pod's network
+// namespace are there, or are not.
+func expectMarks(t testing.TB, p *testbed.Pod, there bool) {
+	t.Helper()
+	want := 0
+	if there {
+		want = 2
+	}
+	if got := strings.Count(p.Command(t, "ip", "rule")+p.Command(t, "ip", "-6", "rule"), "fwmark 0x539"); got != want {
+		t.Errorf("pod %s: %d rules for the mark, want %d", p.Name, got, want)
+	}
+	if err := p.Do(func() error {
+		for _, key := range []string{"ipv4/tcp_fwmark_accept", "ipv4/fwmark_reflect", "ipv6/fwmark_reflect"} {
+			v, err := os.ReadFile("/proc/sys/net/" + key)
+			if err != nil {
+				return err
+			}
+			if on := strings.TrimSpace(string(v)) == "1"; on != there {
+				t.Errorf("pod %s: sysctl %s is %s", p.Name, key, v)
+			}
+		}
+		return nil
+	}); err != nil {
+		t.Fatal(err)
+	}
+}
+
 // podMaps have entries for pods; those of the second kind are their sockets',
 // and go when the kernel has destroyed these.
 var (
@@ -305,6 +342,11 @@ var podHooks = []ebpf.AttachType{
 	ebpf.AttachCgroupInet6GetPeername, ebpf.AttachCGroupGetsockopt, ebpf.AttachCGroupSockOps,
 }
 
+// dnsHooks are those that a pod with DNS capture has besides.
+var dnsHooks = []ebpf.AttachType{
+	ebpf.AttachCGroupUDP4Sendmsg, ebpf.AttachCGroupUDP6Sendmsg, ebpf.AttachCGroupUDP4Recvmsg, ebpf.AttachCGroupUDP6Recvmsg,
+}
+
 // hooksOf counts the programs at each hook of a pod that has any.
 func hooksOf(t testing.TB, p *testbed.Pod) map[string]int {
 	t.Helper()
@@ -329,17 +371,18 @@ func hooksOf(t testing.TB, p *testbed.Pod) map[string]int {
 			}
 		}
 	}
-	count(p.CgroupPath(), podHooks...)
+	count(p.CgroupPath(), slices.Concat(podHooks, dnsHooks)...)
 	count(p.NetnsPath(), ebpf.AttachSkLookup)
 	return found
 }
 
-// expectHooks fails the test unless a pod has each program that it needs, once.
-func expectHooks(t testing.TB, p *testbed.Pod) {
+// expectHooks fails the test unless a pod has each program that it needs, once;
+// more are those that it needs besides what every pod does.
+func expectHooks(t testing.TB, p *testbed.Pod, more ...ebpf.AttachType) {
 	t.Helper()
 	got := hooksOf(t, p)
 	want := map[string]int{ebpf.AttachSkLookup.String(): 2} // the stamp and the program that all pods share
-	for _, typ := range podHooks {
+	for _, typ := range slices.Concat(podHooks, more) {
 		want[typ.String()] = 1
 	}
 	for hook, n := range want {
@@ -1051,6 +1094,34 @@ func TestPrivilegedKilledAnywhere(t *testing.T) {
 			return s
 		})
 		t.Logf("killed before each of %d steps", tried)
+	})
+	t.Run("TPROXY and DNS", func(t *testing.T) {
+		for _, verb := range []string{"ADD", "DEL"} {
+			tried, _ := sweep(t, nil, func(t *testing.T, step int) testbed.StepsResult {
+				p := n.heavyPod(t)
+				if verb == "DEL" {
+					n.MustAdd(t, p)
+				}
+				r, s := n.Steps(t, verb, p, testbed.Fault{Step: step}, nil)
+				if s.Hit && r.ExitCode != -1 || !s.Hit && !r.OK() {
+					t.Fatalf("%s: %s", verb, r)
+				}
+				if s.Hit && step%2 == 1 || verb == "ADD" && !s.Hit {
+					n.MustAdd(t, p)
+					n.MustCheck(t, p)
+					expectHooks(t, p, dnsHooks...)
+					expectMarks(t, p, true)
+				}
+				n.MustDel(t, p)
+				expectMarks(t, p, false)
+				n.expectOnly(t, cutShort, p)
+				return s
+			})
+			t.Logf("%s killed before each of %d steps", verb, tried)
+		}
+		p := n.pod(t) // which clears away what was cut short
+		n.MustAdd(t, p)
+		n.MustDel(t, p)
 	})
 	t.Run("first ADD", func(t *testing.T) {
 		all := booted(t, w, nil)

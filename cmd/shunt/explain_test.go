@@ -177,7 +177,7 @@ func TestNotes(t *testing.T) {
 		{"invalid-drop.yaml", "a", "", "INVALID_DROP has no effect by eBPF, where no packet has a conntrack state to be invalid; it takes effect if iptables takes over"},
 		{"invalid-drop.yaml", redirect.KeyDatapath, "ebpf", "INVALID_DROP has no effect by eBPF, where no packet has a conntrack state to be invalid"},
 		{"invalid-drop.yaml", redirect.KeyDatapath, "iptables", ""},
-		{"dns.yaml", "a", "", ""},
+		{"dns.yaml", "a", "", "INVALID_DROP has no effect by eBPF"},
 		{"meshed.yaml", keyExcludeInboundPorts, "80", keyExcludeInboundPorts + " is not used: it counts only where all inbound ports are included"},
 		{"tproxy.yaml", keyExcludeInboundPorts, "80", ""},
 		{"vm.yaml", keyKubevirtInterfaces, "a", keyKubevirtInterfaces + " is not used"},

@@ -37,6 +37,8 @@ type backend interface {
 	Attachments(ctx context.Context, network string) ([]redirect.Attachment, error)
 	// Ready fails where Apply would fail for any pod.
 	Ready(ctx context.Context) error
+	// Knows reports whether there may be something for Remove to do.
+	Knows(a redirect.Attachment) bool
 }
 
 // Backends are a node's two. Each knows by its own records what it has
@@ -76,7 +78,7 @@ func (b *Backends) Apply(ctx context.Context, t redirect.Target, p *redirect.Pol
 		t.Hook = c.Hook
 		err := b.ebpf.Apply(ctx, t, p)
 		if err == nil {
-			return c, b.yield(ctx, t.Attachment)
+			return c, b.replace(ctx, t, p, b.ebpf, b.iptables, b.yield)
 		}
 		// What is left of it might meet with iptables' rules in ways that
 		// nobody has thought of.
@@ -89,12 +91,28 @@ func (b *Backends) Apply(ctx context.Context, t redirect.Target, p *redirect.Pol
 		if err2 := b.iptables.Apply(ctx, t, p); err2 != nil {
 			return c, fmt.Errorf("datapath ebpf: %w; datapath iptables, which was to take over: %w", err, err2)
 		}
-		return c, b.ebpf.Remove(ctx, t.Attachment)
+		return c, b.replace(ctx, t, p, b.iptables, b.ebpf, b.ebpf.Remove)
 	}
 	if err := b.iptables.Apply(ctx, t, p); err != nil {
 		return c, fmt.Errorf("datapath iptables: %w", err)
 	}
-	return c, b.ebpf.Remove(ctx, t.Attachment)
+	return c, b.replace(ctx, t, p, b.iptables, b.ebpf, b.ebpf.Remove)
+}
+
+// replace ends what the other backend did for a target, now that one has applied.
+func (b *Backends) replace(ctx context.Context, t redirect.Target, p *redirect.Policy, one, other backend, remove func(context.Context, redirect.Attachment) error) error {
+	if !other.Knows(t.Attachment) {
+		return nil
+	}
+	if err := remove(ctx, t.Attachment); err != nil {
+		return err
+	}
+	if p.Mode != redirect.ModeTProxy {
+		return nil
+	}
+	// The mark's rule and route, and the sysctls, are the same for both, and
+	// have gone with the other.
+	return one.Apply(ctx, t, p)
 }
 
 // Check asks whichever has programmed the target.

@@ -24,6 +24,7 @@ type fake struct {
 	name  string
 	diary *[]string
 	fails map[string]error // by verb
+	knows bool
 	has   []redirect.Attachment
 }
 
@@ -42,6 +43,8 @@ func (f *fake) Yield(context.Context, redirect.Attachment) error { return f.do("
 
 func (f *fake) Ready(context.Context) error { return f.do("ready") }
 
+func (f *fake) Knows(redirect.Attachment) bool { return f.knows }
+
 func (f *fake) Attachments(context.Context, string) ([]redirect.Attachment, error) {
 	return f.has, f.do("list")
 }
@@ -50,7 +53,7 @@ func (f *fake) Attachments(context.Context, string) ([]redirect.Attachment, erro
 func both(fails map[string]error) (b *Backends, diary *[]string, log *bytes.Buffer) {
 	diary, log = new([]string), new(bytes.Buffer)
 	of := func(name string) *fake {
-		f := &fake{name: name, diary: diary, fails: map[string]error{}}
+		f := &fake{name: name, diary: diary, fails: map[string]error{}, knows: true}
 		for what, err := range fails {
 			if verb, ok := strings.CutPrefix(what, name+" "); ok {
 				f.fails[verb] = err
@@ -125,6 +128,32 @@ func TestApply(t *testing.T) {
 			}
 		})
 	}
+	t.Run("nothing of the other's", func(t *testing.T) {
+		b, did, _ := both(nil)
+		b.ebpf.(*fake).knows, b.iptables.(*fake).knows = false, false
+		for _, c := range []redirect.Choice{auto, iptables} {
+			if _, err := b.Apply(t.Context(), redirect.Target{}, new(redirect.Policy), c); err != nil {
+				t.Error(err)
+			}
+		}
+		if diff := cmp.Diff([]string{"ebpf apply", "iptables apply"}, *did); diff != "" {
+			t.Error(diff)
+		}
+	})
+	t.Run("TPROXY mode's marks are of both", func(t *testing.T) {
+		b, did, _ := both(nil)
+		for _, c := range []redirect.Choice{auto, iptables} {
+			if _, err := b.Apply(t.Context(), redirect.Target{}, &redirect.Policy{Mode: redirect.ModeTProxy}, c); err != nil {
+				t.Error(err)
+			}
+		}
+		if diff := cmp.Diff([]string{
+			"ebpf apply", "iptables yield", "ebpf apply",
+			"iptables apply", "ebpf remove", "iptables apply",
+		}, *did); diff != "" {
+			t.Error(diff)
+		}
+	})
 	t.Run("the caller's time is up", func(t *testing.T) {
 		b, did, _ := both(map[string]error{"ebpf apply": context.Canceled})
 		ctx, cancel := context.WithCancel(t.Context())

@@ -40,9 +40,9 @@ func redirected(t *testing.T, when string, p *testbed.Pod, app *testbed.App) {
 }
 
 // node gives a node's backends, and what they are to do for a pod that runs.
-func node(t *testing.T, p *testbed.Pod) (*Backends, redirect.Target, *redirect.Policy) {
+func node(t *testing.T, p *testbed.Pod, mutators ...testbed.PodMutator) (*Backends, redirect.Target, *redirect.Policy) {
 	t.Helper()
-	facts, err := redirect.ParsePod(p.Injected(testbed.ContainerPorts(8080)))
+	facts, err := redirect.ParsePod(p.Injected(append(mutators, testbed.ContainerPorts(8080))...))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -109,6 +109,34 @@ func TestPrivilegedChange(t *testing.T) {
 		t.Fatal(err)
 	}
 	redirected(t, "eBPF again", p, app)
+}
+
+// TestPrivilegedChangeTProxy: what TPROXY mode has made in the namespace is there
+// for whichever is in force.
+func TestPrivilegedChangeTProxy(t *testing.T) {
+	testbed.Privileged(t)
+	testbed.NoLeaks(t)
+	p := testbed.NewPod(t)
+	b, target, policy := node(t, p, testbed.Annotate("sidecar.istio.io/interceptionMode", "TPROXY"), testbed.ProxyEnv("ISTIO_META_DNS_CAPTURE", "true"))
+	marks := func() string { return p.Command(t, "ip", "rule") + p.Command(t, "ip", "-6", "rule") }
+	before := marks()
+	for _, d := range []redirect.Datapath{redirect.EBPF, redirect.Iptables, redirect.EBPF, redirect.EBPF, redirect.Iptables} {
+		if _, err := b.Apply(t.Context(), target, policy, chosen(d)); err != nil {
+			t.Fatal(err)
+		}
+		if err := b.Check(t.Context(), target); err != nil {
+			t.Errorf("%s: %v", d, err)
+		}
+		if got := strings.Count(marks(), "fwmark 0x539"); got != 2 {
+			t.Errorf("%s: %d rules for the mark, want 2", d, got)
+		}
+	}
+	if err := b.Remove(t.Context(), target.Attachment); err != nil {
+		t.Error(err)
+	}
+	if after := marks(); after != before {
+		t.Errorf("rules after: %s\nbefore: %s", after, before)
+	}
 }
 
 // TestPrivilegedOpenListeners: listeners of a proxy that was there before eBPF

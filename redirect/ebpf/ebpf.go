@@ -69,6 +69,10 @@ func (b *Backend) Check(ctx context.Context, t redirect.Target) error {
 	return err
 }
 
+// Knows reports whether Apply may have done something for an attachment that
+// Remove has not undone.
+func (b *Backend) Knows(a redirect.Attachment) bool { return loader.Attached(b.opts, id(a)) }
+
 // Remove undoes Apply.
 func (b *Backend) Remove(ctx context.Context, a redirect.Attachment) error {
 	return loader.Remove(ctx, b.opts, id(a))

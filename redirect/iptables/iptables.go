@@ -286,6 +286,13 @@ func (b *Backend) unprogram(ctx context.Context, n *namespace, r *record) error 
 	return errors.Join(append(errs, n.unprepare(r))...)
 }
 
+// Knows reports whether Apply may have done something for an attachment that
+// Remove has not undone.
+func (b *Backend) Knows(a redirect.Attachment) bool {
+	r, err := readRecord(b.recordPath(a))
+	return r != nil || err != nil
+}
+
 // Remove undoes Apply. Where the namespace is gone, the rules went with it.
 func (b *Backend) Remove(ctx context.Context, a redirect.Attachment) error {
 	return b.remove(ctx, a, false)
