@@ -17,7 +17,9 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
+	"shunt.dev/shunt/bpf"
 	"shunt.dev/shunt/internal/testbed"
+	"shunt.dev/shunt/redirect"
 )
 
 // tell says in a word who serves a connection, or that it is refused.
@@ -99,18 +101,35 @@ func (s *stage) connectWith(t *testing.T, dst netip.AddrPort, level, option int,
 }
 
 // inFragments connects from the world as withOptions does, by packets in
-// fragments, of which the first comes last. Over IPv4 that has but the ports;
-// over IPv6 the kernel wants the header in it (ipv6frag_thdr_truncated).
+// fragments, of which the first comes last. That has the header without its
+// options; over IPv4 another time the ports alone, which the kernel does not want
+// over IPv6 (ipv6frag_thdr_truncated).
 func (s *stage) inFragments(t *testing.T, service, other string) {
 	t.Helper()
-	for _, own := range []netip.Addr{s.Addr4(), s.Addr6()} {
+	tc := s.house.hook == redirect.HookTC
+	for _, x := range []struct {
+		own   netip.Addr
+		cut   int
+		place bpf.ShuntPlace // where TC counts what it drops
+	}{
+		{s.Addr4(), 8, bpf.ShuntPlacePLACE_TC_UNREADABLE},
+		{s.Addr4(), 24, bpf.ShuntPlacePLACE_TC_FRAGMENT},
+		{s.Addr6(), 24, bpf.ShuntPlacePLACE_TC_FRAGMENT},
+	} {
 		for port, want := range map[uint16]string{8080: service, 8081: other} {
-			if got := dialInFragments(t, s.house.node.world, s.Pod, at(own, port)); got != want {
-				t.Errorf("to %v: %s, want %s", at(own, port), got, want)
+			if tc && (port == 8080 || x.place == bpf.ShuntPlacePLACE_TC_UNREADABLE) {
+				want = dropped
+				s.house.note(noteFragment)
+			}
+			if got := s.dialInFragments(t, at(x.own, port), x.cut, x.place); got != want {
+				t.Errorf("to %v, the first of %d bytes: %s, want %s", at(x.own, port), x.cut, got, want)
 			}
 		}
 	}
 }
+
+// dropped is what becomes of a packet that is counted and not answered.
+const dropped = "dropped"
 
 // A fragmented is a TCP client that is no socket, and all of whose packets are
 // in fragments.
@@ -119,7 +138,8 @@ type fragmented struct {
 	to       unix.SockaddrLinklayer
 	src, dst netip.AddrPort
 	seq, ack uint32
-	id       uint32
+	cut      int     // bytes of TCP in the first fragment
+	id       *uint16 // the last packet's
 }
 
 // From TCP's header.
@@ -127,8 +147,17 @@ const (
 	flagSYN, flagRST, flagACK = 0x02, 0x04, 0x10
 )
 
-func dialInFragments(t *testing.T, w *testbed.World, p *testbed.Pod, dst netip.AddrPort) string {
+// dialInFragments says who serves the connection, or else what becomes of its
+// SYN: place is where its loss is counted.
+func (s *stage) dialInFragments(t *testing.T, dst netip.AddrPort, cut int, place bpf.ShuntPlace) string {
 	t.Helper()
+	w := s.house.node.world
+	lost := func() int {
+		if s.house.bpfDir == "" {
+			return 0
+		}
+		return s.house.failed(t, s.Pod)[place]
+	}
 	// The world answers for all addresses but those that it throws away.
 	client := netip.MustParseAddr("198.18.0.7")
 	if dst.Addr().Is6() {
@@ -142,11 +171,11 @@ func dialInFragments(t *testing.T, w *testbed.World, p *testbed.Pod, dst netip.A
 	if err != nil || len(routes) == 0 {
 		t.Fatalf("route to %v: %v", dst, err)
 	}
-	mac, err := net.ParseMAC(p.Interfaces[0].MAC)
+	mac, err := net.ParseMAC(s.Interfaces[0].MAC)
 	if err != nil {
 		t.Fatal(err)
 	}
-	c := &fragmented{src: at(client, uint16(20000+time.Now().UnixNano()%30000)), dst: dst, seq: 1000}
+	c := &fragmented{src: at(client, 20000+s.house.packets), dst: dst, seq: 1000, cut: cut, id: &s.house.packets}
 	protocol := uint16(unix.ETH_P_IP)
 	if dst.Addr().Is6() {
 		protocol = unix.ETH_P_IPV6
@@ -165,16 +194,20 @@ func dialInFragments(t *testing.T, w *testbed.World, p *testbed.Pod, dst netip.A
 		t.Fatal(err)
 	}
 	defer func() { _ = c.send(flagRST | flagACK) }() // it answers to nobody
+	before := lost()
 	if err := c.send(flagSYN); err != nil {
 		t.Fatal(err)
 	}
 	c.seq++
 	var line []byte
 	for until := time.Now().Add(patience); !bytes.HasSuffix(line, []byte("\n")); {
-		flags, data, ok := c.receive(until)
+		flags, data, ok := c.receive(time.Now().Add(10 * time.Millisecond))
 		switch {
-		case !ok:
+		case !ok && lost() > before:
+			return dropped // and not answered
+		case !ok && time.Now().After(until):
 			return "nothing"
+		case !ok:
 		case flags&flagRST != 0:
 			return "refused"
 		case flags&flagSYN != 0:
@@ -209,16 +242,12 @@ func (c *fragmented) send(flags byte) error {
 	pseudo = b.AppendUint32(pseudo, uint32(len(tcp)))
 	pseudo = b.AppendUint32(pseudo, unix.IPPROTO_TCP)
 	b.PutUint16(tcp[16:], checksum(append(pseudo, tcp...)))
-	c.id++
-	cut := 8
-	if c.dst.Addr().Is6() {
-		cut = 24
-	}
+	*c.id++
 	for _, part := range []struct {
 		offset int // of bytes
 		data   []byte
 		more   uint16
-	}{{cut, tcp[cut:], 0}, {0, tcp[:cut], 1}} {
+	}{{c.cut, tcp[c.cut:], 0}, {0, tcp[:c.cut], 1}} {
 		if err := unix.Sendto(c.fd, append(c.header(part.offset, part.more, len(part.data)), part.data...), 0, &c.to); err != nil {
 			return err
 		}
@@ -232,7 +261,7 @@ func (c *fragmented) header(offset int, more uint16, length int) (h []byte) {
 	if c.dst.Addr().Is4() {
 		h = []byte{0x45, 0, 0, 0, 0, 0, 0, 0, 64, unix.IPPROTO_TCP, 0, 0}
 		b.PutUint16(h[2:], uint16(20+length))
-		b.PutUint16(h[4:], uint16(c.id))
+		b.PutUint16(h[4:], *c.id)
 		b.PutUint16(h[6:], more<<13|uint16(offset/8))
 	} else {
 		h = []byte{0x60, 0, 0, 0, 0, 0, unix.IPPROTO_FRAGMENT, 64}
@@ -245,7 +274,7 @@ func (c *fragmented) header(offset int, more uint16, length int) (h []byte) {
 	}
 	h = append(h, unix.IPPROTO_TCP, 0)
 	h = b.AppendUint16(h, uint16(offset)|more) // in units of 8, three bits up
-	return b.AppendUint32(h, c.id)
+	return b.AppendUint32(h, uint32(*c.id))
 }
 
 // checksum is the Internet checksum.
@@ -266,7 +295,7 @@ func (c *fragmented) receive(until time.Time) (flags byte, data []byte, ok bool)
 	buf := make([]byte, 1<<16)
 	for {
 		fds := []unix.PollFd{{Fd: int32(c.fd), Events: unix.POLLIN}}
-		if n, err := unix.Poll(fds, int(time.Until(until)/time.Millisecond)); n == 0 || err != nil && err != unix.EINTR {
+		if n, err := unix.Poll(fds, int(max(0, time.Until(until)/time.Millisecond))); n == 0 || err != nil && err != unix.EINTR {
 			return 0, nil, false
 		}
 		n, _, err := unix.Recvfrom(c.fd, buf, unix.MSG_DONTWAIT)

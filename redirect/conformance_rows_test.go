@@ -88,20 +88,23 @@ var setups = map[string]setup{
 		mutators: []testbed.PodMutator{testbed.Annotate(keyMode, "TPROXY"), testbed.Annotate(keyIncludeInbound, "*"), testbed.Annotate(keyExcludeInbound, "8081")},
 		proxy:    []testbed.ProxyOption{withNetAdmin, testbed.ShapeListeners(func(l *testbed.ListenSpec) { l.Transparent = l.Name == "in" })},
 	},
+	"tproxy, not transparent": {
+		mutators: []testbed.PodMutator{testbed.Annotate(keyMode, "TPROXY"), testbed.Annotate(keyIncludeInbound, "*")},
+		proxy:    []testbed.ProxyOption{withNetAdmin},
+	},
 	"users": {mutators: []testbed.PodMutator{testbed.HostUsers(false)}, users: 100000},
 	// In these the rows see to the proxy's listeners.
-	"alone":       {mutators: includeAll, proxy: noListeners},
-	"SYN cookies": {mutators: includeAll, proxy: noListeners, pod: []testbed.Option{testbed.Sysctl("net.ipv4.tcp_syncookies", "2")}},
-	"no IPv6":     {pod: []testbed.Option{testbed.NoIPv6()}},
-	"time-wait": {
-		mutators: includeAll,
-		proxy:    []testbed.ProxyOption{testbed.ShapeListeners(func(l *testbed.ListenSpec) { l.CloseFirst = true })},
-	},
+	"alone":           {mutators: includeAll, proxy: noListeners},
+	"SYN cookies":     {mutators: includeAll, proxy: noListeners, pod: []testbed.Option{testbed.Sysctl("net.ipv4.tcp_syncookies", "2")}},
+	"no IPv6":         {pod: []testbed.Option{testbed.NoIPv6()}},
+	"time-wait":       {mutators: includeAll, proxy: closeFirst},
+	"time-wait, kept": {mutators: includeAll, proxy: closeFirst, pod: []testbed.Option{testbed.Sysctl("net.ipv4.tcp_rfc1337", "1")}},
 }
 
 var (
 	includeAll  = []testbed.PodMutator{testbed.Annotate(keyIncludeInbound, "*"), testbed.Annotate(keyExcludeInbound, "8081")}
 	noListeners = []testbed.ProxyOption{testbed.ProxyPorts(0, 0)}
+	closeFirst  = []testbed.ProxyOption{testbed.ShapeListeners(func(l *testbed.ListenSpec) { l.CloseFirst = true })}
 )
 
 // Destinations that go to the proxy, and those that don't, in "lists".
@@ -185,9 +188,7 @@ var lawRows = []lawRow{
 		h.in(t, "lists",
 			flow{by: proxy, to: "127.0.0.2:8080", goes: "in", rule: redirect.RuleOutProxyToSelf},
 			flow{by: app, to: own, goes: "app", rule: redirect.RuleOutLocal})
-		if h.handsOver(t, "dns") == "" {
-			h.in(t, "dns", flow{by: proxy, to: "A4:53 [A6]:53", goes: "ECONNREFUSED", rule: redirect.RuleOutProxy})
-		}
+		h.in(t, "dns", flow{by: proxy, to: "A4:53 [A6]:53", goes: "ECONNREFUSED", rule: redirect.RuleOutProxy})
 	}},
 	{section: 4, rule: redirect.RuleOutLocal, setup: "lists", play: func(t *testing.T, h *house) {
 		for _, by := range []string{app, gidOf} {
@@ -409,6 +410,8 @@ var lawRows = []lawRow{
 	{section: 4, what: "the rules for UDP port 53", quote: "For UDP port 53 the rules that apply", setup: "dns", play: func(t *testing.T, h *house) {
 		h.resolve(t, "dns", "the proxy's own", "of the proxy's group alone", "from S6", "an excluded CIDR")
 		h.resolve(t, "dns, port excluded", "port 53 excluded")
+	}},
+	{section: 4, what: "UDP port 53 by an excluded interface", quote: "For UDP port 53 the rules that apply", setup: "dns, interface excluded", play: func(t *testing.T, h *house) {
 		h.resolve(t, "dns, interface excluded", "an excluded interface")
 	}},
 
@@ -484,6 +487,19 @@ var lawRows = []lawRow{
 			flow{by: world, to: own1, bind: bind, goes: "app", rule: redirect.RuleInExcludePort},
 			flow{by: app, to: "10.99.1.1:80 [fd99::5]:80", goes: "out"},
 			flow{by: proxy, to: "10.99.1.1:80 [fd99::5]:80", goes: "world"})
+		// For lack of IP_TRANSPARENT nothing may get around the proxy.
+		opaque := h.on(t, "tproxy, not transparent")
+		if h.can.ConnectHooks {
+			opaque.try(flow{by: world, to: own, goes: "in"})
+			h.note(noteOpaque)
+			return
+		}
+		for _, dst := range strings.Fields(own) {
+			r := opaque.who(world).Connect(t, testbed.ConnectSpec{Dst: opaque.expand(dst), Timeout: silence})
+			if r.Errno != testbed.ErrnoTimeout || r.Step != testbed.StepConnect {
+				t.Errorf("%s, a listener that is not transparent: %q at %s, by %q", dst, r.Errno, r.Step, r.Listener())
+			}
+		}
 	}},
 	{section: 5, what: "TPROXY: the proxy from the client's address", quote: "the proxy's own connection to the app from the client's address", setup: "tproxy", play: playSpoofing},
 
@@ -634,32 +650,49 @@ func playOwners(t *testing.T, h *house) {
 	}
 }
 
+// silence is how long nothing must come for it to count as nothing.
+const silence = 250 * time.Millisecond
+
 func playTimeWait(t *testing.T, h *house) {
-	s := h.on(t, "time-wait")
-	for _, dst := range strings.Fields(own) {
-		src := ap("10.99.0.7:7777") // 1E61
-		if s.expand(dst).Addr().Is6() {
-			src = ap("[fd99::7]:7777")
-		}
-		for i := range 3 {
+	for _, name := range []string{"time-wait", "time-wait, kept"} {
+		s := h.on(t, name)
+		for _, dst := range strings.Fields(own) {
+			src := ap("10.99.0.7:7777") // 1E61
+			if s.expand(dst).Addr().Is6() {
+				src = ap("[fd99::7]:7777")
+			}
 			spec := testbed.ConnectSpec{
 				Dst: s.expand(dst), AwaitClose: true, SocketSpec: testbed.SocketSpec{Bind: src, ReuseAddr: true},
 			}
-			r := s.who(world).Connect(t, spec)
-			if late := r.Errno != "" || r.Elapsed > 500*time.Millisecond; late && h.hook() == redirect.HookTC && r.Listener() != "app" {
-				h.note(noteTimeWait)
-				break
+			for i := range 3 {
+				if i > 0 && h.hook == redirect.HookTC && name != "time-wait" {
+					s.waits(t, spec)
+					break
+				}
+				r := s.who(world).Connect(t, spec)
+				if r.Errno != "" || r.Listener() != "in" || r.Elapsed > 500*time.Millisecond {
+					t.Errorf("%s, connection %d from %v: %s at %s, by %q after %v", name, i, src, r.Errno, r.Step, r.Listener(), r.Elapsed)
+				}
+				// Else the test shows nothing.
+				testbed.Eventually(t, "TIME_WAIT in the pod", func() bool {
+					b, err := os.ReadFile(fmt.Sprintf("/proc/%d/net/tcp6", s.proxy.PID))
+					return err == nil && strings.Contains(string(b), ":1E61 06 ")
+				})
 			}
-			if r.Errno != "" || r.Listener() != "in" || r.Elapsed > 500*time.Millisecond {
-				t.Errorf("connection %d from %v: %s at %s, by %q after %v", i, src, r.Errno, r.Step, r.Listener(), r.Elapsed)
-			}
-			// Else the test shows nothing.
-			testbed.Eventually(t, "TIME_WAIT in the pod", func() bool {
-				b, err := os.ReadFile(fmt.Sprintf("/proc/%d/net/tcp6", s.proxy.PID))
-				return err == nil && strings.Contains(string(b), ":1E61 06 ")
-			})
 		}
 	}
+}
+
+// waits: a connection hits TIME_WAIT that TC may not end, and nobody answers.
+func (s *stage) waits(t *testing.T, spec testbed.ConnectSpec) {
+	t.Helper()
+	drops := func() int { return s.house.failed(t, s.Pod)[bpf.ShuntPlacePLACE_TC_REOPEN] }
+	before := drops()
+	spec.Timeout = silence
+	if r := s.who(world).Connect(t, spec); r.Errno != testbed.ErrnoTimeout || r.Step != testbed.StepConnect || drops() == before {
+		t.Errorf("into TIME_WAIT that is kept: %q at %s, by %q, %d dropped", r.Errno, r.Step, r.Listener(), drops()-before)
+	}
+	s.house.note(noteTimeWait)
 }
 
 func playReusePort(t *testing.T, h *house) {
@@ -705,7 +738,7 @@ func playReusePort(t *testing.T, h *house) {
 	first.Stop(t)
 	last.Stop(t)
 	f := flow{by: world, to: own, goes: "in"}
-	if r := s.who(world).Connect(t, testbed.ConnectSpec{Dst: at(s.Addr4(), 8080)}); h.hook() != "" && r.Errno == "ECONNREFUSED" {
+	if r := s.who(world).Connect(t, testbed.ConnectSpec{Dst: at(s.Addr4(), 8080)}); h.hook == redirect.HookSkLookup && r.Errno == "ECONNREFUSED" {
 		f.goes = r.Errno
 		h.note(noteMany)
 	}
@@ -722,7 +755,7 @@ func playMPTCPListener(t *testing.T, h *house) {
 		t.Skipf("no MPTCP in this kernel: %s", errno)
 	}
 	f := flow{by: world, to: own, goes: "in"}
-	if h.hook() == redirect.HookSkLookup {
+	if h.hook == redirect.HookSkLookup {
 		h.note(noteMPTCP)
 		if h.failed(t, s.Pod)[bpf.ShuntPlacePLACE_LISTENER_REGISTER] > 0 {
 			f.goes = "ECONNREFUSED"
@@ -920,11 +953,43 @@ func (h *house) resolve(t *testing.T, setup string, names ...string) {
 				p.own, p.cluster = s.Addr6(), cluster{ap("[fd99::53]:53"), ap("[fd99::54]:53"), ap("[fd98::53]:53")}
 			}
 			got, want := play(p)
+			if slices.Contains(atOnce, name) && !slices.Equal(got, want) {
+				got, want = byLaw(got, want)
+				h.note(noteLast)
+			}
 			if diff := cmp.Diff(want, got); diff != "" {
 				t.Errorf("%s, IPv%d (-want +got):\n%s", name, p.family(), diff)
 			}
 		}
 	}
+}
+
+// atOnce are the scenarios in which one socket asks several captured resolvers
+// before it hears any.
+var atOnce = []string{"musl", "musl, by a socket for both families", "many at once", "captured, and not, by one socket"}
+
+// byLaw gives answers as the law compares them where one socket has asked
+// several resolvers: of those that the proxy has given, any source that is
+// wanted of one of them will do.
+func byLaw(got, want []string) (got2, want2 []string) {
+	const proxys = ": dns to "
+	var asked []string
+	for _, line := range want {
+		if source, _, ok := strings.Cut(line, proxys); ok {
+			asked = append(asked, source)
+		}
+	}
+	compared := func(lines []string) (list []string) {
+		for _, line := range lines {
+			if source, rest, ok := strings.Cut(line, proxys); ok && slices.Contains(asked, source) {
+				line = "one that was asked" + proxys + rest
+			}
+			list = append(list, line)
+		}
+		slices.Sort(list)
+		return list
+	}
+	return compared(got), compared(want)
 }
 
 // ping sends an echo request from a socket of an actor's, and tells who answers.

@@ -58,9 +58,12 @@ func (r lawRow) name() string {
 var notes = []struct{ text, file, quote string }{
 	noteLoopback: {"from 127.0.0.0/8 to a remote destination: redirected, where iptables gives EINVAL", architecture, "an IPv4 socket that its owner bound to 127.0.0.0/8"},
 	noteNoIPv6:   {"to IPv6 in a pod without: ENETUNREACH, where iptables gives EADDRNOTAVAIL", architecture, "a pod with IPv6 switched off"},
-	noteMany:     {"of more than 32 listeners of a kind some are not known", architecture, "more than 32 listeners of one kind"},
+	noteLast:     {"where one socket asks several at once, every answer bears the address of the last", architecture, "every answer bears the address of the last"},
+	noteFragment: {"a SYN in fragments is dropped and counted, unless the first has the whole header and the port is direct", architecture, "a SYN in fragments"},
+	noteTimeWait: {"with net.ipv4.tcp_rfc1337=1 not before TIME_WAIT is over: dropped and counted", architecture, "`net.ipv4.tcp_rfc1337=1`"},
+	noteMany:     {"of more than 32 listeners of a kind some are not known: refused and counted", architecture, "more than 32 listeners of one kind"},
 	noteMPTCP:    {"refused and counted, where the kernel keeps an MPTCP listener out of a sockmap", semantics, "on kernels that refuse it in a sockmap: refused, counted, told"},
-	noteTimeWait: {"not at once; never the app", semantics, "(TC: may differ.)"},
+	noteOpaque:   {"a listener that is not transparent is served, where iptables drops the client's packets", architecture, "a listener that is not transparent"},
 	noteNoMap:    {"it has no map that could be full", semantics, "a full map"},
 }
 
@@ -69,9 +72,12 @@ type note int
 const (
 	noteLoopback note = iota
 	noteNoIPv6
+	noteLast
+	noteFragment
+	noteTimeWait
 	noteMany
 	noteMPTCP
-	noteTimeWait
+	noteOpaque
 	noteNoMap
 )
 
@@ -80,7 +86,8 @@ type house struct {
 	*node
 	parent  testing.TB // whose pods they are
 	stages  map[string]*stage
-	outside ring // the world's resolvers
+	outside ring   // the world's resolvers
+	packets uint16 // those sent in fragments, each with a number of its own
 
 	// Of the row that is played.
 	noted   []note
@@ -105,17 +112,6 @@ type stage struct {
 	users  int // see setup
 	proxy  *testbed.Proxy
 	ring   ring // once resolvers is called
-}
-
-// hook is that of a node with eBPF; "" of others.
-func (h *house) hook() redirect.Hook {
-	switch {
-	case h.bpfDir == "":
-		return ""
-	case strings.Contains(h.name, string(redirect.HookTC)):
-		return redirect.HookTC
-	}
-	return redirect.HookSkLookup
 }
 
 // evaluate gives the facts and the policy of a setup.
@@ -356,19 +352,18 @@ func capable(can flowgen.Features, p *redirect.Policy) bool {
 func (h *house) handsOver(t testing.TB, name string) (to string) {
 	t.Helper()
 	facts, policy := setups[name].evaluate(t, new(testbed.Pod))
-	if h.hook() != "" {
-		c, err := redirect.Choose(redirect.Auto, string(h.hook()), facts, policy)
+	if h.hook != "" {
+		c, err := redirect.Choose(redirect.Auto, string(h.hook), facts, policy)
 		switch {
 		case err != nil:
 			t.Fatal(err)
 		case c.Datapath == redirect.Iptables:
 			to = fmt.Sprintf("→ iptables: %s", c.Reasons[0].Name)
-		case c.Hook != h.hook():
+		case c.Hook != h.hook:
 			to = fmt.Sprintf("→ %s: %s", c.Hook, c.Reasons[0].Name)
 		}
 	}
-	// Of users they say nothing.
-	if serves := to == ""; serves != capable(h.can, policy) && policy.HostUsers {
+	if serves := to == ""; serves != capable(h.can, policy) {
 		t.Errorf("setup %q: %q is the choice, and the features of %s are %+v", name, to, h.name, h.can)
 	}
 	return to
@@ -387,9 +382,8 @@ func TestPrivilegedConformance(t *testing.T) {
 	checkQuotes(t)
 	table := map[string]map[string]cell{}
 	whole := true
-	var names []string
-	for _, n := range nodes(t, anyone) {
-		names = append(names, n.name)
+	all := nodes(t, anyone)
+	for _, n := range all {
 		table[n.name] = map[string]cell{}
 		whole = t.Run(n.name, func(t *testing.T) {
 			h := &house{node: n, parent: t, stages: map[string]*stage{}}
@@ -422,7 +416,7 @@ func TestPrivilegedConformance(t *testing.T) {
 		t.Log("not all was played: the table is not compared")
 		return
 	}
-	checkTable(t, render(names, table))
+	checkTable(t, render(all, table))
 }
 
 // sections gives the lines of a document's sections by their number.
@@ -492,13 +486,20 @@ func checkQuotes(t testing.TB) {
 var superscripts = []string{"¹", "²", "³", "⁴", "⁵", "⁶", "⁷", "⁸", "⁹"}
 
 // render writes the table.
-func render(names []string, table map[string]map[string]cell) string {
-	rows := [][]string{append([]string{"§", "what"}, names...)}
+func render(all []*node, table map[string]map[string]cell) string {
+	rows := [][]string{{"§", "what"}}
+	for _, n := range all {
+		title := n.name
+		if n.hook != "" {
+			title = fmt.Sprintf("%s, %s", redirect.EBPF, n.hook)
+		}
+		rows[0] = append(rows[0], title)
+	}
 	var used []note
 	for _, row := range lawRows {
 		line := []string{fmt.Sprint(row.section), row.name()}
-		for _, n := range names {
-			c := table[n][row.name()]
+		for _, n := range all {
+			c := table[n.name][row.name()]
 			for _, x := range c.notes {
 				i := slices.Index(used, x)
 				if i < 0 {
