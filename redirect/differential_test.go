@@ -183,20 +183,10 @@ func compare(t testing.TB, p *production, trials []flowgen.Trial) (decided []red
 		}
 	}
 	results := make([][]testbed.ConnectResult, len(p.nodes))
-	for k, n := range p.nodes {
+	for k := range p.nodes {
 		results[k] = p.twins[k].Run(t, trials)
-		if n.bpfDir == "" {
-			continue
-		}
-		if diff := cmp.Diff(byRule, n.counted(t, p.twins[k].Pod)); diff != "" {
-			p.describe(t)
-			t.Errorf("%s: flows by rule (-Decide +kernel):\n%s", n.name, diff)
-		}
-		if diff := cmp.Diff(failures, n.failed(t, p.twins[k].Pod)); diff != "" {
-			p.describe(t)
-			t.Errorf("%s: failures by place (-want +kernel):\n%s", n.name, diff)
-		}
 	}
+	p.tally(t, byRule, failures)
 	for i, x := range trials {
 		var answers strings.Builder
 		alike := true

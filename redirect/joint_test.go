@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"github.com/cilium/ebpf"
+	"github.com/google/go-cmp/cmp"
 
 	"shunt.dev/shunt/bpf"
 	"shunt.dev/shunt/internal/flowgen"
@@ -324,8 +325,31 @@ func (p *production) disagree(t testing.TB, x flowgen.Trial, what string) {
 	t.Helper()
 	p.describe(t)
 	spec, _ := json.Marshal(x.Spec)
-	t.Errorf("disagreement\n  flow: %+v\n  by %s (uid %d, gid %d): %s\n  Decide: %v by %v\n%s",
-		x.Flow, x.By, x.Flow.UID, x.Flow.GID, spec, x.Want.Verdict, x.Want.Rule, what)
+	how := ""
+	if x.Connected {
+		how = ", connected"
+	}
+	t.Errorf("disagreement\n  flow: %+v\n  by %s (uid %d, gid %d)%s: %s\n  Decide: %v by %v\n%s",
+		x.Flow, x.By, x.Flow.UID, x.Flow.GID, how, spec, x.Want.Verdict, x.Want.Rule, what)
+}
+
+// tally compares what the eBPF programs have counted for each twin. A flow counts
+// once by TC too: no SYN passes two interfaces of a pod here.
+func (p *production) tally(t testing.TB, byRule map[redirect.Rule]int, failures map[bpf.ShuntPlace]int) {
+	t.Helper()
+	for k, n := range p.nodes {
+		if n.bpfDir == "" {
+			continue
+		}
+		if diff := cmp.Diff(byRule, n.counted(t, p.twins[k].Pod)); diff != "" {
+			p.describe(t)
+			t.Errorf("%s: flows by rule (-Decide +kernel):\n%s", n.name, diff)
+		}
+		if diff := cmp.Diff(failures, n.failed(t, p.twins[k].Pod)); diff != "" {
+			p.describe(t)
+			t.Errorf("%s: failures by place (-want +kernel):\n%s", n.name, diff)
+		}
+	}
 }
 
 // plain writes an address as it is spoken of, mapped or not.
