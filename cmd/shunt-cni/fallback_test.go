@@ -5,6 +5,7 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"net/netip"
 	"os"
@@ -161,7 +162,7 @@ func TestPrivilegedFallback(t *testing.T) {
 					t.Errorf("ADD printed %s", r.Stdout)
 				}
 				expect("the log", strings.ReplaceAll(string(r.Stderr), `\"`, `"`))
-				if want := fmt.Sprintf("iptables takes over\" command=ADD"); !strings.Contains(string(r.Stderr), want) ||
+				if want := `iptables takes over" command=ADD`; !strings.Contains(string(r.Stderr), want) ||
 					!strings.Contains(string(r.Stderr), fmt.Sprintf("reason=%s ", c.reason)) {
 					t.Errorf("the log does not give reason %s: %s", c.reason, r.Stderr)
 				}
@@ -203,7 +204,7 @@ func connectRefused(dst netip.AddrPort) error {
 	}
 	defer unix.Close(fd)
 	err = unix.Connect(fd, &unix.SockaddrInet4{Port: int(dst.Port()), Addr: dst.Addr().As4()})
-	if err != unix.ECONNREFUSED { //nolint:errorlint // an errno
+	if !errors.Is(err, unix.ECONNREFUSED) {
 		return fmt.Errorf("connect to %v: got %w, want ECONNREFUSED by the proxy's absence", dst, err)
 	}
 	return nil

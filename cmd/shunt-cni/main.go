@@ -35,7 +35,7 @@ func main() {
 	// this variable says; so skel's own look only costs time.
 	_ = os.Setenv("CNI_NETNS_OVERRIDE", "1") // fails on malformed names only
 
-	p := newPlugin()
+	p := newPlugin(os.Getenv("PATH"))
 	if e := skel.PluginMainFuncsWithError(p.funcs(), specVersions, "CNI plugin shunt-cni "+buildVersion); e != nil {
 		if err := e.Print(); err != nil {
 			fmt.Fprintln(os.Stderr, "print the error:", err)

@@ -64,12 +64,19 @@ type plugin struct {
 	cgroupRoot func(configured string) (string, error)
 }
 
-func newPlugin() *plugin {
+// newPlugin returns the plugin; path is where iptables' programs are looked for,
+// as $PATH has it.
+func newPlugin(path string) *plugin {
 	return &plugin{
-		stdout:     os.Stdout,
-		stderr:     os.Stderr,
-		facts:      newFacts,
-		backends:   newBackends,
+		stdout: os.Stdout,
+		stderr: os.Stderr,
+		facts:  newFacts,
+		backends: func(conf *netconf.Config, log *slog.Logger) programmer {
+			return backends.New(backends.Options{
+				BPFDir: conf.BPFDir, RunDir: conf.RunDir, Log: log,
+				Iptables: iptables.Mode(conf.IptablesBackend), IptablesPath: path,
+			})
+		},
 		checkNetns: checkNetns,
 		podCgroup:  podCgroup,
 		cgroupRoot: loader.FindCgroup2Mount,
@@ -84,13 +91,6 @@ func newFacts(conf *netconf.Config, log *slog.Logger) factsSource {
 		Timeout: conf.PodFactsTimeout,
 		Log:     log,
 	}
-}
-
-func newBackends(conf *netconf.Config, log *slog.Logger) programmer {
-	return backends.New(backends.Options{
-		BPFDir: conf.BPFDir, RunDir: conf.RunDir, Log: log,
-		Iptables: iptables.Mode(conf.IptablesBackend), IptablesPath: os.Getenv("PATH"),
-	})
 }
 
 func podCgroup(cgroupRoot, hint, podUID string) (string, error) {
