@@ -16,6 +16,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"shunt.dev/shunt/internal/testbed"
 )
@@ -250,7 +251,7 @@ func TestPrivilegedSwitch(t *testing.T) {
 			if i%2 == 1 {
 				dst = "[fd99::3]:443"
 			}
-			r := app.Dial(t, dst)
+			r := app.Connect(t, testbed.ConnectSpec{Dst: netip.MustParseAddrPort(dst), Timeout: time.Second})
 			if r.Listener() != "out" {
 				t.Logf("connection %d to %s: %+v", i, dst, r)
 			}
