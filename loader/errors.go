@@ -56,8 +56,11 @@ func mayLoad() bool {
 
 // classify says what it means that the kernel did not load the datapath.
 func classify(err error) error {
+	// EACCES is the verifier's, who says why, or a security module's, who doesn't.
+	var verifier *ebpf.VerifierError
+	byModule := errors.Is(err, unix.EACCES) && !(errors.As(err, &verifier) && len(verifier.Log) > 0)
 	switch {
-	case errors.Is(err, unix.EPERM), !mayLoad():
+	case errors.Is(err, unix.EPERM), byModule, !mayLoad():
 		return fmt.Errorf("%w: %w (CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON, or CAP_SYS_ADMIN, are needed)", ErrPermission, err)
 	case errors.Is(err, ebpf.ErrNotSupported), errors.Is(err, unix.EINVAL), errors.Is(err, unix.EACCES),
 		errors.Is(err, unix.E2BIG), errors.Is(err, unix.ENOSYS), errors.Is(err, unix.EOPNOTSUPP):

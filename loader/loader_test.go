@@ -380,6 +380,72 @@ func TestPrivilegedFailedChangeKeepsWhatWas(t *testing.T) {
 	nothingLeft(t, opts)
 }
 
+// What a security module forbids today it may allow tomorrow: only what the
+// kernel can't do is conclusive.
+func TestPrivilegedClassify(t *testing.T) {
+	testbed.Privileged(t)
+	verifier := func(cause error, log ...string) error {
+		return fmt.Errorf("program x: %w", &cebpf.VerifierError{Cause: cause, Log: log})
+	}
+	for _, c := range []struct{ err, want error }{
+		{verifier(unix.EACCES, "R1 invalid mem access"), ErrRefused},
+		{verifier(unix.EINVAL, "unknown func bpf_x#300"), ErrRefused},
+		{verifier(unix.EINVAL), ErrRefused},
+		{cebpf.ErrNotSupported, ErrRefused},
+		{verifier(unix.EACCES), ErrPermission},
+		{unix.EACCES, ErrPermission},
+		{unix.EPERM, ErrPermission},
+		{verifier(unix.EPERM), ErrPermission},
+		{unix.ENOMEM, unix.ENOMEM},
+		{unix.EAGAIN, unix.EAGAIN},
+	} {
+		err := classify(c.err)
+		if !errors.Is(err, c.want) || errors.Is(err, ErrRefused) != (c.want == ErrRefused) || errors.Is(err, ErrPermission) != (c.want == ErrPermission) { //nolint:errorlint // sentinels of the table
+			t.Errorf("%v: got %v, want %v", c.err, err, c.want)
+		}
+	}
+}
+
+// While a pod goes from one set of rules to another, what either takes as a whole
+// is taken; nothing else of it changes yet.
+func TestPrivilegedWiden(t *testing.T) {
+	testbed.Privileged(t)
+	testbed.NoLeaks(t)
+	opts, p := node(t), testbed.NewPod(t)
+	rules := testRules(p)
+	mustAttach(t, opts, p, rules)
+	d, err := Open(t.Context(), opts)
+	if err != nil {
+		t.Fatal(err)
+	}
+	old, err := d.readRecord(podID(p))
+	if err != nil || old == nil {
+		t.Fatalf("record: %v, %v", old, err)
+	}
+	now := *old
+	now.Rules.UID, now.Rules.Flags = 4321, bpf.ShuntPodFlagPOD_IN_ALL|bpf.ShuntPodFlagPOD_DNS
+	if err := d.widen(old, &now); err != nil {
+		t.Error(err)
+	}
+	pods, err := d.object(bpf.ShuntMapPods)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var got bpf.ShuntPod
+	if err := lookup(pods, &old.Cookie, &got); err != nil {
+		t.Fatal(err)
+	}
+	want := rules
+	want.Flags |= bpf.ShuntPodFlagPOD_IN_ALL
+	if diff := cmp.Diff(want.pod(), got); diff != "" {
+		t.Error(diff)
+	}
+	d.Close()
+	mustAttach(t, opts, p, rules)
+	mustRemove(t, opts, p)
+	nothingLeft(t, opts)
+}
+
 // What is done to the datapath's directory does not make records stale.
 func TestPrivilegedDirectoryTouched(t *testing.T) {
 	testbed.Privileged(t)
