@@ -8,9 +8,13 @@ import (
 	"context"
 	"errors"
 	"net/netip"
+	"runtime"
 	"slices"
 	"strings"
 	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
 
 	"shunt.dev/shunt/internal/testbed"
 	"shunt.dev/shunt/loader"
@@ -95,20 +99,98 @@ func TestPrivilegedChange(t *testing.T) {
 			t.Errorf("%s: ::6 is not on lo:\n%s", c.Datapath, s6)
 		}
 	}
+	// A connection of eBPF's lives on through all that follows.
+	alive := map[int]string{}
+	begin := func(when string) {
+		t.Helper()
+		for _, dst := range []string{"10.99.3.4:80", "[fd99::3]:443"} {
+			r := app.Connect(t, testbed.ConnectSpec{Dst: netip.MustParseAddrPort(dst), Keep: true})
+			if r.Listener() != "out" {
+				t.Fatalf("%s: to %s: %+v", when, dst, r)
+			}
+			alive[r.Sock] = when + " to " + dst
+		}
+	}
+	lives := func(when string) {
+		t.Helper()
+		for sock, what := range alive {
+			errno := app.Send(t, sock, when+"\n")
+			line, errno2 := app.RecvLine(t, sock, 2*time.Second)
+			if errno != "" || errno2 != "" || strings.TrimSpace(line) != when {
+				t.Errorf("%s: the connection %s: %q, %s%s", when, what, line, errno, errno2)
+				delete(alive, sock)
+			}
+		}
+	}
 	// The proxy's listeners were open before anything was there to see them
 	// open.
 	for _, d := range []redirect.Datapath{redirect.Iptables, redirect.EBPF, redirect.Iptables, redirect.EBPF} {
 		apply(chosen(d))
+		lives(string(d))
+		if d == redirect.EBPF { // those of iptables end with its rules: docs/ARCHITECTURE.md
+			begin(string(d))
+		}
 	}
 
 	if err := b.iptables.Apply(t.Context(), target, policy); err != nil {
 		t.Fatal(err)
 	}
 	redirected(t, "both", p, app)
+	lives("both")
 	if err := b.yield(t.Context(), target.Attachment); err != nil {
 		t.Fatal(err)
 	}
 	redirected(t, "eBPF again", p, app)
+	lives("eBPF again")
+}
+
+// TestPrivilegedProxySpeaksFirst: when iptables comes, the first packet that it
+// sees of a connection of eBPF's may be the proxy's.
+func TestPrivilegedProxySpeaksFirst(t *testing.T) {
+	testbed.Privileged(t)
+	testbed.NoLeaks(t)
+	p := testbed.NewPod(t)
+	b, target, policy := node(t, p)
+	if _, err := b.Apply(t.Context(), target, policy, chosen(redirect.EBPF)); err != nil {
+		t.Fatal(err)
+	}
+	proxy, app := p.Actor(t, "proxy", testbed.ProxyUID, testbed.ProxyGID), p.StartApp(t)
+	// The test is the proxy: a listener of the bed speaks when it is spoken to.
+	listener := int(proxy.TakeSocket(t, proxy.Bind(t, testbed.ListenSpec{
+		Name: "out", Addr: netip.AddrPortFrom(netip.IPv6Unspecified(), testbed.OutboundPort),
+	})).Fd())
+	if err := unix.Listen(listener, 8); err != nil {
+		t.Fatal(err)
+	}
+	type end struct{ sock, fd int }
+	ends := map[string]end{}
+	for _, dst := range []string{"10.99.3.4:80", "[fd99::3]:443"} {
+		r := app.Connect(t, testbed.ConnectSpec{Dst: netip.MustParseAddrPort(dst), Keep: true, NoGreeting: true})
+		if r.Errno != "" {
+			t.Fatalf("to %s: %+v", dst, r)
+		}
+		runtime.LockOSThread()
+		_, _ = unix.SetfsuidRetUid(testbed.ProxyUID)
+		fd, _, err := unix.Accept4(listener, unix.SOCK_CLOEXEC)
+		_, _ = unix.SetfsuidRetUid(0)
+		runtime.UnlockOSThread()
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer unix.Close(fd)
+		ends[dst] = end{r.Sock, fd}
+	}
+	if _, err := b.Apply(t.Context(), target, policy, chosen(redirect.Iptables)); err != nil {
+		t.Fatal(err)
+	}
+	for dst, e := range ends {
+		if _, err := unix.Write(e.fd, []byte("first\n")); err != nil {
+			t.Errorf("%s: %v", dst, err)
+		}
+		if line, errno := app.RecvLine(t, e.sock, 2*time.Second); strings.TrimSpace(line) != "first" {
+			t.Errorf("%s: received %q, %s", dst, line, errno)
+		}
+	}
 }
 
 // TestPrivilegedChangeTProxy: what TPROXY mode has made in the namespace is there
