@@ -1670,8 +1670,8 @@ static __always_inline int answer(struct bpf_sockopt *ctx, const struct addr *a,
 
 // translated reports whether netfilter has brought the connection to this port
 // from another one: then connection tracking has given the answer. While a pod
-// goes from iptables to us or back, both are in force; and what iptables has
-// redirected lives on.
+// goes from iptables to us or back, both are in force: what iptables has
+// redirected is told of rightly until its rules go.
 static __always_inline bool translated(struct bpf_sockopt *ctx, struct bpf_sock *sk)
 {
 	struct sockaddr_in *sin = ctx->optval; // as in struct sockaddr_in6, as far as the port

@@ -140,7 +140,7 @@ func newApplyCmd() *cobra.Command {
 		Short: "redirect a pod's traffic outside CNI, or anew",
 		Long: `Redirects a pod as the plugin does: for virtual machines, for init containers, and to
 repair. It may be repeated. What is right stays as it is, what differs is changed, and
-at no moment does a connection that belongs to the proxy go around it.
+at no moment can a connection be made around the proxy that belongs to it.
 
 In a pod that the CNI runtime has set up, the runtime's own attachment is brought up to
 date, so that it ends with the pod. Else there is a new one, which "shunt remove" ends,
@@ -148,6 +148,7 @@ and no runtime's garbage collection.
 
 Sockets that the pod has open are reckoned with. A listener of the proxy that eBPF can't
 take connections to (Multipath TCP) has the pod get iptables, unless eBPF is asked for.
+Connections that iptables has redirected end when the pod goes to eBPF.
 
 The host's own network namespace is refused. On error the pod is as it was. Exit status:
 0 redirected, or rightly left alone; 1 failed; 2 bad usage or input.`,
