@@ -544,7 +544,7 @@ func (in *Installer) wait(ctx context.Context, w *watch, pause, gap time.Duratio
 			if w.counts(e) {
 				soon()
 			}
-		case <-w.errors(): // more has happened than the kernel could tell
+		case <-w.trouble(): // more has happened than the kernel could tell
 			soon()
 		}
 	}
