@@ -155,6 +155,7 @@ func (n *node) installer(t *testing.T) *Installer {
 		t.Fatal(err)
 	}
 	in.times, in.fight.times = testTimes, testTimes
+	in.opts.Entry = n.opts.Entry // layouts have it as it was given; TestAgentArg has the rest
 	return in
 }
 

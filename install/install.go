@@ -30,7 +30,8 @@ type Options struct {
 	// Chained: become the last plugin of a configuration that others made.
 	// Otherwise a file of its own is written.
 	Chained bool
-	// Entry is the plugin's network configuration, a JSON object.
+	// Entry is the plugin's network configuration, a JSON object. Agent is added to
+	// what is installed (netconf.AgentArg).
 	Entry []byte
 	// BinariesDir is where the binaries are copied from.
 	BinariesDir string
@@ -115,6 +116,10 @@ func New(opts Options) (*Installer, error) {
 	opts.defaults()
 	if err := opts.validate(); err != nil {
 		return nil, fmt.Errorf("install: %w", err)
+	}
+	var err error
+	if opts.Entry, err = withAgent(opts.Entry, opts.Agent); err != nil {
+		return nil, fmt.Errorf("install: netconf: %w", err)
 	}
 	in := &Installer{
 		opts: opts, times: realTimes, copier: copier{from: opts.BinariesDir, to: opts.BinDir}, noted: map[string]string{},

@@ -43,6 +43,7 @@ func stepped(verb, root string) error {
 		return err
 	}
 	in.times, in.fight.times = testTimes, testTimes
+	in.opts.Entry = n.opts.Entry
 	out := in.pass(context.Background())
 	if out.err == nil && !out.installed {
 		return errors.New("not installed")

@@ -8,12 +8,14 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strconv"
 
 	"github.com/containernetworking/cni/libcni"
 	"github.com/containernetworking/cni/pkg/utils"
 	"github.com/containernetworking/cni/pkg/version"
 
 	"shunt.dev/shunt/internal/netconf"
+	"shunt.dev/shunt/redirect"
 )
 
 // Of a configuration that is written whole.
@@ -59,6 +61,34 @@ func object(ms []member) []byte {
 	}
 	b.WriteByte('}')
 	return b.Bytes()
+}
+
+// withAgent returns the netconf with the agent's name in it.
+func withAgent(conf []byte, agent redirect.AgentRef) ([]byte, error) {
+	name, err := json.Marshal(agent.String())
+	if err != nil {
+		return nil, err
+	}
+	args := []byte("{}")
+	err = eachMember(conf, func(key string, value span) error {
+		if key == "args" {
+			args = value.of(conf)
+		}
+		return nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	inArgs, err := members(args, netconf.AgentArg)
+	if err != nil {
+		return nil, fmt.Errorf("args: %w", err)
+	}
+	rest, err := members(conf, "args")
+	if err != nil {
+		return nil, err
+	}
+	all := object(append(inArgs, member{[]byte(strconv.Quote(netconf.AgentArg)), name}))
+	return object(append(rest, member{[]byte(`"args"`), all})), nil
 }
 
 // chainedEntry returns the netconf as an item of a list, from which it gets its

@@ -61,6 +61,35 @@ func TestNew(t *testing.T) {
 	}
 }
 
+// What is installed tells the plugin who the agent is, or the agent's own pod
+// could not start after a reboot.
+func TestAgentArg(t *testing.T) {
+	for entry, args := range map[string]string{
+		`{"type":"shunt-cni"}`:                                               `{"shunt.dev/agent":"kube-system/shunt-node"}`,
+		`{"type":"shunt-cni","args":{},"logLevel":"info"}`:                    `{"shunt.dev/agent":"kube-system/shunt-node"}`,
+		`{"type":"shunt-cni","args":{"n":1e30,"shunt.dev/agent":"a/b","é":2}}`: `{"n":1e30,"é":2,"shunt.dev/agent":"kube-system/shunt-node"}`,
+	} {
+		n := newNode(t)
+		n.opts.Entry = []byte(entry)
+		in, err := New(n.opts)
+		if err != nil {
+			t.Fatal(err)
+		}
+		conf, err := netconf.Parse(in.opts.Entry)
+		if err != nil {
+			t.Fatalf("%s: %v", in.opts.Entry, err)
+		}
+		if conf.Redirect.Agent != n.opts.Agent || !bytes.Contains(in.opts.Entry, []byte(`"args":`+args)) {
+			t.Errorf("%s became %s", entry, in.opts.Entry)
+		}
+	}
+	n := newNode(t)
+	n.opts.Entry = []byte(`{"type":"shunt-cni","args":7}`)
+	if _, err := New(n.opts); err == nil || !strings.Contains(err.Error(), "args") {
+		t.Errorf("args that is no object: %v", err)
+	}
+}
+
 func TestRunDir(t *testing.T) {
 	for _, c := range []struct {
 		name string

@@ -42,6 +42,19 @@ type AgentRef struct {
 	Namespace, DaemonSet string
 }
 
+// ParseAgentRef reads what String writes, with space around it or not. It reports
+// false where that is no DaemonSet's namespace and name.
+func ParseAgentRef(s string) (AgentRef, bool) {
+	namespace, daemonSet, ok := strings.Cut(strings.TrimSpace(s), "/")
+	if !ok || namespace == "" || daemonSet == "" || strings.ContainsAny(namespace+daemonSet, "/ \t\r\n") {
+		return AgentRef{}, false
+	}
+	return AgentRef{Namespace: namespace, DaemonSet: daemonSet}, true
+}
+
+// String names the DaemonSet as namespace/name.
+func (a AgentRef) String() string { return a.Namespace + "/" + a.DaemonSet }
+
 // DefaultConfig returns the configuration of a netconf that says nothing.
 func DefaultConfig() Config {
 	return Config{

@@ -50,23 +50,24 @@ func parseArgs(args string) podArgs {
 }
 
 // readAgent reads which DaemonSet the node agent is (P4) from runDir/agent,
-// where the agent writes namespace/daemonset. Without that file, or with one
-// that can't be read, there is no agent to tell apart.
-func readAgent(runDir string, log *slog.Logger) redirect.AgentRef {
+// where the agent writes namespace/daemonset. Without that file, as after a
+// reboot, or with one that can't be read, it is who the network configuration
+// names.
+func readAgent(runDir string, configured redirect.AgentRef, log *slog.Logger) redirect.AgentRef {
 	path := filepath.Join(runDir, "agent")
 	data, err := readSmall(path)
 	if err != nil {
 		if !errors.Is(err, fs.ErrNotExist) {
 			log.Warn("the node agent's name can't be read", "error", err)
 		}
-		return redirect.AgentRef{}
+		return configured
 	}
-	namespace, daemonSet, ok := strings.Cut(strings.TrimSpace(string(data)), "/")
-	if !ok || namespace == "" || daemonSet == "" || strings.ContainsAny(daemonSet, "/ \t\r\n") {
+	agent, ok := redirect.ParseAgentRef(string(data))
+	if !ok {
 		log.Warn("the node agent's name can't be read: expected namespace/daemonset", "file", path)
-		return redirect.AgentRef{}
+		return configured
 	}
-	return redirect.AgentRef{Namespace: namespace, DaemonSet: daemonSet}
+	return agent
 }
 
 // readSmall reads at most 1 KiB of a regular file.

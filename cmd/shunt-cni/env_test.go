@@ -51,18 +51,19 @@ func TestReadAgent(t *testing.T) {
 		if err := os.WriteFile(filepath.Join(dir, "agent"), []byte(in), 0o600); err != nil {
 			t.Fatal(err)
 		}
-		if got := readAgent(dir, slog.New(slog.DiscardHandler)); got != want {
+		if got := readAgent(dir, redirect.AgentRef{}, slog.New(slog.DiscardHandler)); got != want {
 			t.Errorf("%q: got %+v, want %+v", in, got, want)
 		}
 	}
+	configured := redirect.AgentRef{Namespace: "kube-system", DaemonSet: "shunt"}
 	dir := t.TempDir()
-	if got := readAgent(dir, slog.New(slog.DiscardHandler)); got != (redirect.AgentRef{}) {
+	if got := readAgent(dir, configured, slog.New(slog.DiscardHandler)); got != configured {
 		t.Errorf("no file: got %+v", got)
 	}
 	if err := unix.Mkfifo(filepath.Join(dir, "agent"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if got := readAgent(dir, slog.New(slog.DiscardHandler)); got != (redirect.AgentRef{}) {
+	if got := readAgent(dir, configured, slog.New(slog.DiscardHandler)); got != configured {
 		t.Errorf("a FIFO: got %+v", got)
 	}
 }

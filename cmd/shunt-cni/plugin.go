@@ -169,7 +169,7 @@ func (c *call) report(choice redirect.Choice, err error) {
 
 // early decides by P2 to P4. Nothing that it does can fail.
 func (c *call) early() bool {
-	c.conf.Redirect.Agent = readAgent(c.conf.RunDir, c.log)
+	c.conf.Redirect.Agent = readAgent(c.conf.RunDir, c.conf.Redirect.Agent, c.log)
 	out, decided := c.conf.Redirect.Early(c.pod.Namespace, c.pod.Name)
 	if decided {
 		c.log.Info("pod is left alone", "rule", out.Rule, "reason", out.Reason)

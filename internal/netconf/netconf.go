@@ -52,8 +52,8 @@ type Config struct {
 	PodFactsTimeout time.Duration
 
 	// Redirect is what decides about pods: excludeNamespaces, proxy,
-	// includeInboundPortsDefault and nativeRuntimeClasses. Its Agent is empty:
-	// which DaemonSet the agent is, only the node knows.
+	// includeInboundPortsDefault and nativeRuntimeClasses. Its Agent is who
+	// AgentArg names: the agent puts itself there when it installs.
 	Redirect redirect.Config
 
 	validAttachments json.RawMessage // cni.dev/valid-attachments
@@ -175,9 +175,13 @@ func (c *Config) set(key string, raw json.RawMessage) (err error) {
 		if kindOf(raw) != 'n' {
 			c.PrevResult = raw
 		}
-	case "args", "dns", "ipam":
+	case "dns", "ipam":
 		// The specification's, and of no meaning to a plugin that hands on
 		// what others made.
+	case "args":
+		if kindOf(raw) == '{' {
+			err = eachIn(key, raw, c.setArg)
+		}
 	case "logLevel":
 		c.LogLevel, err = oneOf(key, raw, "panic", "fatal", "error", "warn", "info", "debug")
 	case "runDir":
@@ -219,6 +223,26 @@ func (c *Config) set(key string, raw json.RawMessage) (err error) {
 		return unknown(key, raw, ownKeys[:])
 	}
 	return err
+}
+
+// AgentArg is the member of args, the specification's key for what has no key of
+// its own, that names the node agent's DaemonSet as namespace/name (P4). RunDir
+// knows it too, but is empty after a reboot, and the agent's own pod must start
+// then, when there is nobody yet to ask about pods.
+const AgentArg = "shunt.dev/agent"
+
+// setArg stores one key of args. The others are not Shunt's.
+func (c *Config) setArg(key string, raw json.RawMessage) error {
+	if key != "args."+AgentArg {
+		return nil
+	}
+	s, err := text(key, raw)
+	agent, ok := redirect.ParseAgentRef(s)
+	if err != nil || !ok {
+		return mismatch(key, raw, `a DaemonSet's "namespace/name"`)
+	}
+	c.Redirect.Agent = agent
+	return nil
 }
 
 // setRuntime stores one key of runtimeConfig. What other capabilities bring is

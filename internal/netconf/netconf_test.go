@@ -27,7 +27,7 @@ const full = `{
 		"io.kubernetes.cri.pod-annotations": {"a": "b", "traffic.sidecar.istio.io/includeInboundPorts": ""},
 		"portMappings": [{"hostPort": 1}]
 	},
-	"args": {"cni": {"ips": ["10.0.0.1"]}}, "dns": {}, "ipam": {}, "cni.dev/valid-attachments": [], "cni.dev/other": 1,
+	"args": {"cni": {"ips": ["10.0.0.1"]}, "shunt.dev/agent": "mesh-system/shunt-node"}, "dns": {}, "ipam": {}, "cni.dev/valid-attachments": [], "cni.dev/other": 1,
 	"prevResult": { "cniVersion":"1.0.0" ,  "ips": [] },
 	"logLevel": "debug",
 	"runDir": "/srv/run/",
@@ -66,6 +66,7 @@ func TestParseFull(t *testing.T) {
 			ProxyExcludeInboundPorts:   []uint16{4190},
 			IncludeInboundPortsDefault: "*",
 			NativeRuntimeClasses:       []string{"nvidia", "crun.v2"},
+			Agent:                      redirect.AgentRef{Namespace: "mesh-system", DaemonSet: "shunt-node"},
 		},
 	}
 	if diff := cmp.Diff(want, got, cmpopts.IgnoreUnexported(Config{})); diff != "" {
@@ -146,6 +147,8 @@ func TestErrors(t *testing.T) {
 		{`"name":7`, seven, `name: 7 is not a string`},
 		{`"logLevel":"WARN"`, seven, `logLevel: "WARN" is not one of panic, fatal, error, warn, info, debug`},
 		{`"logLevel":null`, seven, `logLevel: null is not one of`},
+		{`"args":{"shunt.dev/agent":"shunt-node"}`, seven, `args.shunt.dev/agent: "shunt-node" is not a DaemonSet's "namespace/name"`},
+		{`"args":{"shunt.dev/agent":7}`, seven, `args.shunt.dev/agent: 7 is not a DaemonSet's`},
 		{`"runDir":"run/shunt"`, seven, `runDir: "run/shunt" is not an absolute path`},
 		{`"runDir":"/run/../etc"`, seven, `runDir: "/run/../etc" is not an absolute path without .. in it`},
 		{`"kubeconfig":""`, seven, `kubeconfig: "" is not an absolute path`},
