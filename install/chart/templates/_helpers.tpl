@@ -50,6 +50,7 @@ platform's, else the default. Names as in files/platforms.yaml.
 {{- $own := dict
     "cniBinDir" .Values.cniBinDir
     "cniConfDir" .Values.cniConfDir
+    "cniCacheDir" .Values.cniCacheDir
     "cniConfFileName" .Values.cniConfFileName
     "seccompProfile" .Values.seccompProfile
     "seLinuxOptions" .Values.seLinuxOptions
@@ -181,7 +182,6 @@ readinessProbe:
 {{- define "shunt.datapathMounts" -}}
 - {name: run, mountPath: {{ .Values.runDir }}}
 - {name: bpffs, mountPath: {{ include "shunt.bpffs" . }}, mountPropagation: HostToContainer}
-- {name: cgroup, mountPath: {{ include "shunt.cgroupMount" . }}, mountPropagation: HostToContainer, readOnly: true}
 {{- end }}
 
 {{- define "shunt.podAnnotations" -}}
