@@ -291,7 +291,7 @@ func checkSecurity(t *testing.T, o *objects) {
 	}
 	needs := map[string][]corev1.Capability{"agent": {"BPF", "NET_ADMIN", "PERFMON"}, "repair": nil}
 	if mends {
-		needs["repair"] = []corev1.Capability{"BPF", "NET_ADMIN", "NET_RAW", "PERFMON", "SYS_ADMIN", "SYS_PTRACE"}
+		needs["repair"] = []corev1.Capability{"DAC_READ_SEARCH", "NET_ADMIN", "NET_RAW", "SYS_ADMIN", "SYS_PTRACE"}
 	}
 	for _, c := range pod.Containers {
 		sc := c.SecurityContext
@@ -496,7 +496,7 @@ func TestRBAC(t *testing.T) {
 	rule := func(group, resource string, verbs ...string) rbacv1.PolicyRule {
 		return rbacv1.PolicyRule{APIGroups: []string{group}, Resources: []string{resource}, Verbs: verbs}
 	}
-	events := rule("", "events", "create", "patch")
+	events := rule("", "events", "create")
 	want := map[string][]rbacv1.PolicyRule{
 		"repair: off":           nil,
 		"repair: all":           {events, rule("", "pods", "delete")},

@@ -122,7 +122,7 @@ chain. Alone in a file, it needs a name and a version of its own.
 
 {{- define "shunt.repairNeeds" -}}
 {{- if eq (include "shunt.mends" .) "true" -}}
-[BPF, NET_ADMIN, NET_RAW, PERFMON, SYS_ADMIN, SYS_PTRACE]
+[DAC_READ_SEARCH, NET_ADMIN, NET_RAW, SYS_ADMIN, SYS_PTRACE]
 {{- else -}}
 []
 {{- end -}}
