@@ -65,8 +65,8 @@ func TestNew(t *testing.T) {
 // could not start after a reboot.
 func TestAgentArg(t *testing.T) {
 	for entry, args := range map[string]string{
-		`{"type":"shunt-cni"}`:                                               `{"shunt.dev/agent":"kube-system/shunt-node"}`,
-		`{"type":"shunt-cni","args":{},"logLevel":"info"}`:                    `{"shunt.dev/agent":"kube-system/shunt-node"}`,
+		`{"type":"shunt-cni"}`:                                                 `{"shunt.dev/agent":"kube-system/shunt-node"}`,
+		`{"type":"shunt-cni","args":{},"logLevel":"info"}`:                     `{"shunt.dev/agent":"kube-system/shunt-node"}`,
 		`{"type":"shunt-cni","args":{"n":1e30,"shunt.dev/agent":"a/b","é":2}}`: `{"n":1e30,"é":2,"shunt.dev/agent":"kube-system/shunt-node"}`,
 	} {
 		n := newNode(t)
