@@ -40,6 +40,7 @@ var places = map[bpf.ShuntPlace]string{
 	bpf.ShuntPlacePLACE_SENDMSG_STORAGE:   "socket storage could not be had: the question to a resolver is not sent",
 	bpf.ShuntPlacePLACE_SENDMSG_NO_WAY:    "the pod has no address of the resolver's family, or the socket is bound to an interface: the question is not sent",
 	bpf.ShuntPlacePLACE_CONNECT_TPROXY:    "the proxy's connection from a client's address could not be kept in the pod: connect denied",
+	bpf.ShuntPlacePLACE_INTERFACES:        "an interface is excluded, and the pod's interfaces are not those that it was set up with (ENOTUNIQ: another is up; ENODEV: one has gone, or has another name): redirected as if none were; to have it right, start the pod anew, or run shunt apply",
 	bpf.ShuntPlacePLACE_TC_UNREADABLE:     "a packet that may hide a TCP header came in: dropped",
 	bpf.ShuntPlacePLACE_TC_FRAGMENT:       "the first segment of a connection came in fragments: dropped",
 	bpf.ShuntPlacePLACE_TC_OWNER:          "the connection that a SYN hits could not be given it: dropped",
