@@ -102,6 +102,7 @@ type iptablesRecord struct {
 	Netns         string
 	Inode, Cookie uint64
 	Boot          string
+	Kept          bool
 	IPv4, IPv6    string
 }
 
@@ -137,7 +138,11 @@ func findAttached(conf *netconf.Config) ([]*attached, error) {
 		if err != nil {
 			return nil, fmt.Errorf("read the attachment's record %s: %w", path, err)
 		}
-		at(r.Attachment, r.Network, r.Pod).iptables = r
+		a := at(r.Attachment, r.Network, r.Pod)
+		if r.Kept && a.ebpf != nil {
+			continue // what is left of iptables redirects nothing
+		}
+		a.iptables = r
 	}
 	all := make([]*attached, 0, len(found))
 	for _, a := range found {
