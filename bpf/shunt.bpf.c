@@ -1482,8 +1482,8 @@ __noinline int on_listen(struct bpf_sock_ops *ctx, __u64 cookie, __u32 kind)
 			    __sync_fetch_and_add(&c->listens, 1) % (SLOTS - FIRST_SLOTS);
 		err = bpf_sock_hash_update(ctx, &listeners, &key, BPF_ANY);
 	}
-	// TC needs no registration: it is for the day on which the pod goes back to
-	// sk_lookup.
+	// TC needs no registration: it is for what comes by a later interface, and for
+	// the day on which the pod goes back to sk_lookup.
 	if (err)
 		return (pod->flags & POD_IN_TC) ? 0 : failed(cookie, PLACE_LISTENER_REGISTER, err);
 	if (key.place < LISTENER_KINDS * SLOTS)
