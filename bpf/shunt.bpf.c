@@ -45,6 +45,11 @@ char _license[] SEC("license") = "Dual BSD/GPL";
 #define EAGAIN 11
 #define EEXIST 17
 #define ENETUNREACH 101
+#define EINVAL 22
+#define E2BIG 7
+#define ENODEV 19
+#define ENOSYS 38
+#define ENOTUNIQ 76
 #define LOOPBACK_IFINDEX 1 // lo, in every netns
 #define DNS_WELL_KNOWN 53
 #define TPROXY_MARK 0x539 // internal/tproxy leads it back into the pod
@@ -114,6 +119,8 @@ enum pod_flag {
 	POD_NO_OUT_LOCAL = 1 << 5,  // an include CIDR is loopback: no out-local rules
 	POD_DNS = 1 << 6,           // DNS capture
 	POD_TPROXY = 1 << 7,        // the proxy may connect to its app from the client's address
+	POD_EXCLUDE_LO = 1 << 8,    // lo is an excluded interface
+	POD_EXCLUDE_IF = 1 << 9,    // so is the pod's other one, .interface
 	POD_IN_TC = 1 << 15,        // TC is the inbound hook: registered listeners aren't used
 };
 
@@ -132,7 +139,12 @@ struct pod {
 	// address besides the wildcard at which a proxy is looked for.
 	struct addr source4;
 	struct addr source6;
+	// The name of the pod's only interface besides lo, where one of the two is
+	// excluded; zeros behind it.
+	__u8 interface[16];
 };
+
+#define POD_EXCLUDE (POD_EXCLUDE_LO | POD_EXCLUDE_IF)
 
 enum dest_flag {
 	DEST_LOCAL = 1 << 0,   // an address of the pod itself
@@ -189,6 +201,11 @@ struct pod_state {
 	// lie side by side.
 	__u64 listeners[LISTENER_KINDS * SLOTS];
 	__u64 rules[RULE_COUNT]; // flows decided, by rule
+	// The kernel's struct net of the netns, whose programs alone look here: it
+	// lives for as long as they run.
+	__u64 net;
+	// How often addresses had come or gone there, at ADD; of each family.
+	__u32 generation[FAMILIES];
 };
 
 // Where a helper failed.
@@ -215,6 +232,7 @@ enum place {
 	PLACE_SENDMSG_STORAGE,   // socket storage could not be had: the datagram is not sent
 	PLACE_SENDMSG_NO_WAY,    // no address of that family, or an interface that is not lo: the datagram is not sent
 	PLACE_CONNECT_TPROXY,    // the proxy's connection from a client's address could not be kept in the pod: connect denied
+	PLACE_INTERFACES,        // the pod's interfaces are not those of ADD: none is taken for excluded
 	PLACE_COUNT,
 };
 
@@ -281,6 +299,9 @@ struct stamp {
 	__u32 remote_port;
 	__u32 local_port;
 	__u32 remote_word;
+	// The TC program is asking, about a packet that it counts itself.
+	__u32 by_tc;
+	__u32 pad;
 };
 
 // What shunt_adopt is given: the head of a packet that is none.
@@ -541,6 +562,7 @@ struct flow {
 	__u16 port;      // destination, host byte order
 	bool local;      // "by lo"
 	bool marked;     // the socket has TPROXY_MARK, in a pod of that mode
+	bool excluded;   // it leaves by an excluded interface
 	__u32 dest;      // enum dest_flag of the destination
 	__u32 uid;       // the owner
 	__u32 gid;
@@ -553,6 +575,8 @@ static __always_inline enum rule outbound_rule(__u64 cookie, const struct pod *p
 	bool to_self = f->local && !is_lo(&f->dst) && f->port != pod->tunnel_port && !dns;
 	bool to_local = f->local && !dns && !(pod->flags & POD_NO_OUT_LOCAL);
 
+	if (f->excluded)
+		return RULE_OUT_EXCLUDE_INTERFACE;
 	if (listed & PORT_EXCLUDE)
 		return RULE_OUT_EXCLUDE_PORT;
 	if (f->local && is_s6(&f->src))
@@ -618,6 +642,8 @@ static __always_inline __u16 target_port(const struct pod *pod, enum rule r)
 		return 0;
 	}
 }
+
+#include "interfaces.h"
 
 // ------------------------------------------------------------------ connect
 
@@ -779,7 +805,7 @@ static __always_inline void remember_mptcp(struct bpf_sock *sk, const struct soc
 
 // complete_flow reads an unspecified destination as the kernel does, and looks
 // up what the destination is to the pod.
-static __always_inline struct dest *complete_flow(__u64 cookie, struct flow *f, bool v6)
+static __always_inline struct dest *complete_flow(__u64 cookie, const struct pod_state *c, struct flow *f, bool v6)
 {
 	struct dest *dest;
 
@@ -795,6 +821,8 @@ static __always_inline struct dest *complete_flow(__u64 cookie, struct flow *f, 
 	dest = find_dest(cookie, &f->dst);
 	if (dest)
 		f->dest = dest->flags;
+	if (have_changed(c))
+		renew(cookie, f);
 	f->local = is_loopback(&f->dst) || (f->dest & DEST_LOCAL);
 	// The kernel answers ::6 from ::6, where for IPv4 it takes 127.0.0.1.
 	if (f->local && !is_mapped(&f->dst) && is_zero(&f->src) && is_s6(&f->dst))
@@ -821,6 +849,8 @@ static __always_inline struct addr choice(const struct pod *pod, const struct fl
 
 static __always_inline enum rule dns_rule(__u64 cookie, const struct pod *pod, const struct flow *f)
 {
+	if (f->excluded)
+		return RULE_OUT_EXCLUDE_INTERFACE;
 	if ((pod->flags & POD_OUT_PORTS) && (port_flags(cookie, DIR_OUT, DNS_WELL_KNOWN) & PORT_EXCLUDE))
 		return RULE_OUT_EXCLUDE_PORT;
 	if (f->local && is_s6(&f->src))
@@ -862,7 +892,7 @@ static __always_inline bool remember_asked(struct bpf_sock *sk, const struct add
 
 // connect_udp has a connected UDP socket ask the proxy. The kernel sets it up as
 // it would towards the resolver: the source first.
-static __always_inline int connect_udp(struct bpf_sock_addr *ctx, __u64 cookie, const struct pod *pod, bool v6)
+static __always_inline int connect_udp(struct bpf_sock_addr *ctx, __u64 cookie, const struct pod_state *c, const struct pod *pod, bool v6)
 {
 	struct bpf_sock *sk = ctx->sk;
 	struct addr target, want = {};
@@ -887,8 +917,10 @@ static __always_inline int connect_udp(struct bpf_sock_addr *ctx, __u64 cookie, 
 	ours = st && (st->flags & SOCKET_BOUND) && sk->state == BPF_TCP_CLOSE && same(&f.src, &st->source);
 	if (ours)
 		f.src = (struct addr){};
-	dest = complete_flow(cookie, &f, v6);
+	dest = complete_flow(cookie, c, &f, v6);
 	find_owner_udp(sk, &f);
+	if ((pod->flags & POD_EXCLUDE) && f.port == DNS_WELL_KNOWN)
+		f.excluded = leaves_excluded(cookie, pod, &f, sk->bound_dev_if);
 	captured = captures(cookie, pod, &f);
 
 	// A source of ours stays with the socket: it changes with the
@@ -998,7 +1030,7 @@ __noinline int mark_tproxy(struct bpf_sock_addr *ctx, __u64 cookie, const struct
 			return err;
 	}
 	f->marked = sk->mark == TPROXY_MARK;
-	if (!f->local || is_zero(&f->src) || is_local(cookie, &f->src))
+	if (!f->local || is_zero(&f->src) || is_own(cookie, &f->src))
 		return 0;
 	if (!f->marked && f->uid != pod->uid && f->gid != pod->gid)
 		return 0;
@@ -1034,7 +1066,7 @@ static __always_inline int connect(struct bpf_sock_addr *ctx, bool v6)
 	if (!c)
 		return deny(cookie, PLACE_NO_POD, -ENOENT);
 	if (udp)
-		return connect_udp(ctx, cookie, pod, v6);
+		return connect_udp(ctx, cookie, c, pod, v6);
 	st = bpf_sk_storage_get(&sockets, sk, 0, 0);
 
 	f.port = bpf_ntohs(ctx->user_port);
@@ -1050,17 +1082,22 @@ static __always_inline int connect(struct bpf_sock_addr *ctx, bool v6)
 	if (ours)
 		f.src = (struct addr){}; // to its owner the socket is not bound
 
-	dest = complete_flow(cookie, &f, v6);
+	dest = complete_flow(cookie, c, &f, v6);
 	find_owner(sk, &f);
 	if (pod->flags & POD_TPROXY) {
 		err = mark_tproxy(ctx, cookie, pod, &f);
 		if (err)
 			return deny(cookie, PLACE_CONNECT_TPROXY, err);
 	}
+	if (pod->flags & POD_EXCLUDE)
+		f.excluded = leaves_excluded(cookie, pod, &f, sk->bound_dev_if);
 
 	rule = decide_outbound(cookie, pod, &f);
-	if (rule == RULE_NONE || rule >= RULE_COUNT)
-		return deny(cookie, PLACE_NO_POD, -ENOENT); // can't be; the verifier doesn't know
+	if (rule == RULE_NONE)
+		return deny(cookie, PLACE_NO_POD, -ENOENT); // can't be
+	asm volatile("" : "+r"(rule)); // or the two tests become one that the verifier doesn't understand
+	if (rule >= RULE_COUNT)
+		return deny(cookie, PLACE_NO_POD, -ENOENT); // nor this, but it doesn't know
 	count(c, rule);
 	port = target_port(pod, rule);
 	room = c->inflight < inflight_limit;
@@ -1161,6 +1198,7 @@ static __always_inline int sendmsg(struct bpf_sock_addr *ctx, bool v6)
 	struct addr target, want = {};
 	struct sock_state *st;
 	struct flow f = {};
+	struct pod_state *c;
 	struct asked *asked;
 	struct dest *dest;
 	struct pod *pod;
@@ -1173,6 +1211,9 @@ static __always_inline int sendmsg(struct bpf_sock_addr *ctx, bool v6)
 	pod = bpf_map_lookup_elem(&pods, &cookie);
 	if (!pod || !(pod->flags & POD_DNS))
 		return ALLOW;
+	c = bpf_map_lookup_elem(&states, &cookie);
+	if (!c)
+		return deny(cookie, PLACE_NO_POD, -ENOENT);
 
 	f.port = bpf_ntohs(ctx->user_port);
 	if (v6) {
@@ -1191,8 +1232,10 @@ static __always_inline int sendmsg(struct bpf_sock_addr *ctx, bool v6)
 	}
 	if (f.port != DNS_WELL_KNOWN && f.port != pod->dns_port)
 		return ALLOW;
-	dest = complete_flow(cookie, &f, v6);
+	dest = complete_flow(cookie, c, &f, v6);
 	find_owner_udp(sk, &f);
+	if ((pod->flags & POD_EXCLUDE) && f.port == DNS_WELL_KNOWN)
+		f.excluded = leaves_excluded(cookie, pod, &f, sk->bound_dev_if);
 	if (!captures(cookie, pod, &f)) {
 		if (f.port != pod->dns_port || !is_lo(&f.dst))
 			return ALLOW;
@@ -1439,8 +1482,8 @@ __noinline int on_listen(struct bpf_sock_ops *ctx, __u64 cookie, __u32 kind)
 			    __sync_fetch_and_add(&c->listens, 1) % (SLOTS - FIRST_SLOTS);
 		err = bpf_sock_hash_update(ctx, &listeners, &key, BPF_ANY);
 	}
-	// TC needs no registration: it is for the day on which the pod goes back to
-	// sk_lookup.
+	// TC needs no registration: it is for what comes by a later interface, and for
+	// the day on which the pod goes back to sk_lookup.
 	if (err)
 		return (pod->flags & POD_IN_TC) ? 0 : failed(cookie, PLACE_LISTENER_REGISTER, err);
 	if (key.place < LISTENER_KINDS * SLOTS)
@@ -1828,13 +1871,26 @@ int shunt_sk_lookup(struct bpf_sk_lookup *ctx)
 	// stays inside the pod.
 	four = ctx->family == AF_INET;
 	remote = four ? mapped(ctx->remote_ip4) : words(ctx->remote_ip6);
-	if (is_local(cookie, &remote))
+	if (is_own(cookie, &remote))
 		return SK_PASS;
 
-	rule = inbound_rule(cookie, pod, ctx->local_port);
-	count(c, rule);
-	if (rule != RULE_IN_INCLUDE)
+	if ((pod->flags & POD_EXCLUDE_IF) && arrives_excluded(cookie, pod, ctx->ingress_ifindex))
+		rule = RULE_IN_EXCLUDE_INTERFACE;
+	else
+		rule = inbound_rule(cookie, pod, ctx->local_port);
+	// Behind TC this is for what comes by an interface that has no TC program. What
+	// one has let pass is let pass here, and counted there.
+	if (rule != RULE_IN_INCLUDE) {
+		if (!(pod->flags & POD_IN_TC))
+			count(c, rule);
 		return SK_PASS;
+	}
+	// The TC program looks for the proxy's listener by its port; to there,
+	// REDIRECT changes nothing.
+	if ((pod->flags & POD_IN_TC) && ctx->local_port == pod->inbound_port)
+		return SK_PASS;
+	if (!s->by_tc)
+		count(c, rule);
 
 	key.cookie = cookie;
 	key.place = four ? c->inbound[FAMILY4] : c->inbound[FAMILY6];
@@ -1847,7 +1903,8 @@ int shunt_sk_lookup(struct bpf_sk_lookup *ctx)
 			err = assign(ctx, &key);
 	}
 	if (err) {
-		failed(cookie, err == -ENOENT ? PLACE_LISTENER_NONE : PLACE_LISTENER_ASSIGN, err);
+		if (!s->by_tc)
+			failed(cookie, err == -ENOENT ? PLACE_LISTENER_NONE : PLACE_LISTENER_ASSIGN, err);
 		return SK_DROP; // the client gets a RST
 	}
 	return SK_PASS;

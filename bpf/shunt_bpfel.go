@@ -130,7 +130,8 @@ const (
 	ShuntPlacePLACE_SENDMSG_STORAGE   ShuntPlace = 19
 	ShuntPlacePLACE_SENDMSG_NO_WAY    ShuntPlace = 20
 	ShuntPlacePLACE_CONNECT_TPROXY    ShuntPlace = 21
-	ShuntPlacePLACE_COUNT             ShuntPlace = 22
+	ShuntPlacePLACE_INTERFACES        ShuntPlace = 22
+	ShuntPlacePLACE_COUNT             ShuntPlace = 23
 )
 
 type ShuntPod struct {
@@ -151,6 +152,7 @@ type ShuntPod struct {
 		_ structs.HostLayout
 		W [4]uint32
 	}
+	Interface [16]uint8
 }
 
 type ShuntPodFlag uint32
@@ -164,16 +166,20 @@ const (
 	ShuntPodFlagPOD_NO_OUT_LOCAL  ShuntPodFlag = 32
 	ShuntPodFlagPOD_DNS           ShuntPodFlag = 64
 	ShuntPodFlagPOD_TPROXY        ShuntPodFlag = 128
+	ShuntPodFlagPOD_EXCLUDE_LO    ShuntPodFlag = 256
+	ShuntPodFlagPOD_EXCLUDE_IF    ShuntPodFlag = 512
 	ShuntPodFlagPOD_IN_TC         ShuntPodFlag = 32768
 )
 
 type ShuntPodState struct {
-	_         structs.HostLayout
-	Inflight  int64
-	Listens   uint64
-	Inbound   [2]uint32
-	Listeners [160]uint64
-	Rules     [22]uint64
+	_          structs.HostLayout
+	Inflight   int64
+	Listens    uint64
+	Inbound    [2]uint32
+	Listeners  [160]uint64
+	Rules      [22]uint64
+	Net        uint64
+	Generation [2]uint32
 }
 
 type ShuntPortFlag uint32
@@ -251,6 +257,8 @@ type ShuntStamp struct {
 	RemotePort uint32
 	LocalPort  uint32
 	RemoteWord uint32
+	ByTc       uint32
+	Pad        uint32
 }
 
 type ShuntTuple struct {
@@ -291,6 +299,7 @@ const (
 	ShuntProgShuntGetpeername4 = "shunt_getpeername4"
 	ShuntProgShuntGetpeername6 = "shunt_getpeername6"
 	ShuntProgShuntGetsockopt   = "shunt_getsockopt"
+	ShuntProgShuntLook         = "shunt_look"
 	ShuntProgShuntRecvmsg4     = "shunt_recvmsg4"
 	ShuntProgShuntRecvmsg6     = "shunt_recvmsg6"
 	ShuntProgShuntSendmsg4     = "shunt_sendmsg4"
@@ -360,6 +369,7 @@ type ShuntProgramSpecs struct {
 	ShuntGetpeername4 *ebpf.ProgramSpec `ebpf:"shunt_getpeername4"`
 	ShuntGetpeername6 *ebpf.ProgramSpec `ebpf:"shunt_getpeername6"`
 	ShuntGetsockopt   *ebpf.ProgramSpec `ebpf:"shunt_getsockopt"`
+	ShuntLook         *ebpf.ProgramSpec `ebpf:"shunt_look"`
 	ShuntRecvmsg4     *ebpf.ProgramSpec `ebpf:"shunt_recvmsg4"`
 	ShuntRecvmsg6     *ebpf.ProgramSpec `ebpf:"shunt_recvmsg6"`
 	ShuntSendmsg4     *ebpf.ProgramSpec `ebpf:"shunt_sendmsg4"`
@@ -483,6 +493,7 @@ type ShuntPrograms struct {
 	ShuntGetpeername4 *ebpf.Program `ebpf:"shunt_getpeername4"`
 	ShuntGetpeername6 *ebpf.Program `ebpf:"shunt_getpeername6"`
 	ShuntGetsockopt   *ebpf.Program `ebpf:"shunt_getsockopt"`
+	ShuntLook         *ebpf.Program `ebpf:"shunt_look"`
 	ShuntRecvmsg4     *ebpf.Program `ebpf:"shunt_recvmsg4"`
 	ShuntRecvmsg6     *ebpf.Program `ebpf:"shunt_recvmsg6"`
 	ShuntSendmsg4     *ebpf.Program `ebpf:"shunt_sendmsg4"`
@@ -501,6 +512,7 @@ func (p *ShuntPrograms) Close() error {
 		p.ShuntGetpeername4,
 		p.ShuntGetpeername6,
 		p.ShuntGetsockopt,
+		p.ShuntLook,
 		p.ShuntRecvmsg4,
 		p.ShuntRecvmsg6,
 		p.ShuntSendmsg4,

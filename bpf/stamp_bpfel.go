@@ -4,7 +4,7 @@
 package bpf
 
 // Digest is the SHA-256 of the compiled object.
-const Digest = "fff4076fcc6053d4834dd6c589250dbb689940c295b64678123937ae70606138"
+const Digest = "49632edd758b0e6eaaa8b6e056f9f3287e9fd6440538c135014c0bf38cd0a497"
 
 // stampCode is the program's instructions, with map descriptors of zero.
 const stampCode = "" +

@@ -31,7 +31,7 @@
 #define PULL 256    // bytes of a packet in which its headers end
 #define TTL 64
 #define PACKET_HOST 0
-#define EINVAL 22
+#define VLAN_ID 0x0fff
 
 enum { TC_NEXT = TC_ACT_UNSPEC }; // other people's programs go on; the same number as TCX_NEXT
 
@@ -229,7 +229,18 @@ __noinline int read_segment(struct __sk_buff *ctx, struct segment *s)
 // listener.
 static __always_inline struct bpf_sock *find(struct __sk_buff *ctx, struct bpf_sock_tuple *t, bool four)
 {
-	return bpf_skc_lookup_tcp(ctx, t, four ? sizeof(t->ipv4) : sizeof(t->ipv6), BPF_F_CURRENT_NETNS, 0);
+	struct bpf_sock *sk;
+	struct stamp *s;
+	__u32 zero = 0;
+
+	// Where no connection owns it, the netns' sk_lookup programs are asked too.
+	s = bpf_map_lookup_elem(&stamps, &zero);
+	if (s)
+		s->by_tc = true;
+	sk = bpf_skc_lookup_tcp(ctx, t, four ? sizeof(t->ipv4) : sizeof(t->ipv6), BPF_F_CURRENT_NETNS, 0);
+	if (s)
+		s->by_tc = false;
+	return sk;
 }
 
 // passes_through reports whether the kernel would send the packet on, to
@@ -544,6 +555,7 @@ static __always_inline int on_syn(struct __sk_buff *ctx, __u64 cookie, struct se
 	state = sk->state;
 	switch (state) {
 	case BPF_TCP_LISTEN:
+	case BPF_TCP_CLOSE: // a listener that the sk_lookup program gave, and that closes
 		bpf_sk_release(sk);
 		return PASS_ON;
 	case BPF_TCP_TIME_WAIT:
@@ -652,7 +664,7 @@ int shunt_tc(struct __sk_buff *ctx)
 			return TC_NEXT; // no listener minds
 		sk = find(ctx, &s.tuple, s.four);
 		if (sk) {
-			owned = sk->state != BPF_TCP_LISTEN;
+			owned = sk->state != BPF_TCP_LISTEN && sk->state != BPF_TCP_CLOSE;
 			bpf_sk_release(sk);
 			if (owned)
 				return TC_NEXT;
@@ -674,6 +686,12 @@ int shunt_tc(struct __sk_buff *ctx)
 		__builtin_memcpy(&daddr, s.tuple.ipv6.daddr, sizeof(daddr));
 	if (!is_local(cookie, &daddr) && passes_through(ctx, &s))
 		return TC_NEXT;
+	// A tagged frame is another interface's.
+	if ((pod->flags & POD_EXCLUDE_IF) && !s.ip && !(ctx->vlan_tci & VLAN_ID) && arrives_excluded(cookie, pod, ctx->ifindex)) {
+		if (syn)
+			count(c, RULE_IN_EXCLUDE_INTERFACE);
+		return TC_NEXT;
+	}
 	if (read != READ) {
 		failed(cookie, PLACE_TC_UNREADABLE, -EINVAL);
 		return TC_ACT_SHOT;

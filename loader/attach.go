@@ -156,6 +156,9 @@ func (d *Datapath) program(r, before *Record, n *Netns, cgroup fd, running bool)
 	if err := d.writeRules(r); err != nil {
 		return err
 	}
+	if err := d.look(n); err != nil {
+		return err
+	}
 	if before != nil {
 		if err := d.removeRules(r.Cookie, stale(&before.Rules, &r.Rules)); err != nil {
 			return err
@@ -175,18 +178,16 @@ func (d *Datapath) program(r, before *Record, n *Netns, cgroup fd, running bool)
 	return d.dropTProxy(r, n)
 }
 
-// linkInbound makes sure of the inbound hook. One that the pod had before goes
-// when the new one is whole.
+// linkInbound makes sure of the inbound hook. The sk_lookup programs stand behind
+// TC too: what comes by an interface that comes later meets them alone.
 func (d *Datapath) linkInbound(r *Record, n *Netns) error {
+	if err := d.linkNetns(r, n.fd); err != nil {
+		return err
+	}
 	if r.InboundHook == TC {
 		if err := d.linkTC(r, n); err != nil {
 			return err
 		}
-		if err := d.unlinkSkLookup(r); err != nil {
-			return err
-		}
-	} else if err := d.linkNetns(r, n.fd); err != nil {
-		return err
 	}
 	return d.leave(r)
 }
@@ -790,6 +791,8 @@ func (d *Datapath) checkRules(r *Record) error {
 	var state bpf.ShuntPodState
 	if err := lookup(maps[bpf.ShuntMapStates], &r.Cookie, &state); err != nil {
 		errs = append(errs, fmt.Errorf("the pod's state is missing: %w", err))
+	} else if state.Net == 0 {
+		errs = append(errs, errors.New("the programs don't know the pod's interfaces"))
 	}
 	// A look-up in a longest-prefix table may be answered by another entry
 	// than the one asked for; one that is gone shows by its flags then.
@@ -822,14 +825,16 @@ func (d *Datapath) checkLinks(r *Record) error {
 			errs = append(errs, fmt.Errorf("%v is not attached to the pod's cgroup %s", h.attach, r.Cgroup))
 		}
 	}
-	inbound := d.wrongNetnsLinks
+	inbound := []func(*Record) ([]string, error){d.wrongNetnsLinks}
 	if r.InboundHook == TC {
-		inbound = d.wrongTC
+		inbound = append(inbound, d.wrongTC)
 	}
-	wrong, err := inbound(r)
-	errs = append(errs, err)
-	for _, w := range wrong {
-		errs = append(errs, errors.New(w))
+	for _, find := range inbound {
+		wrong, err := find(r)
+		errs = append(errs, err)
+		for _, w := range wrong {
+			errs = append(errs, errors.New(w))
+		}
 	}
 	return errors.Join(errs...)
 }

@@ -270,6 +270,7 @@ func pinned(o *bpf.ShuntObjects) map[string]pinner {
 		bpf.ShuntProgShuntSockops:      o.ShuntSockops,
 		bpf.ShuntProgShuntSkLookup:     o.ShuntSkLookup,
 		bpf.ShuntProgShuntAdopt:        o.ShuntAdopt,
+		bpf.ShuntProgShuntLook:         o.ShuntLook,
 	}
 }
 

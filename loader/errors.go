@@ -29,6 +29,9 @@ var (
 	// ErrListener says that a listener of a running pod's proxy could not be
 	// registered.
 	ErrListener = errors.New("register the proxy's listener")
+	// ErrInterfaces says that it can't be told by which of its interfaces a pod's
+	// connections leave, and one is excluded.
+	ErrInterfaces = errors.New("its interfaces can't be excluded by eBPF")
 	// ErrFull says that a map is full: a policy is never cut short.
 	ErrFull = errors.New("the map is full with the entries of this node's pods")
 	// ErrOtherBuild says that pods use a datapath that another build of Shunt

@@ -669,7 +669,7 @@ func TestRecordEncoding(t *testing.T) {
 		TProxy: &TProxy{IPv6: true, Sysctls: map[string]string{"ipv4/a": "0", "ipv4/b": "1"}},
 		Rules: Rules{
 			UID: 1, GID: 2, OutboundPort: 3, InboundPort: 4, TunnelPort: 5, DNSPort: 6, Flags: 7,
-			Source4: netip.MustParseAddr("10.0.0.1"),
+			Source4: netip.MustParseAddr("10.0.0.1"), Interface: `e"0`,
 			Dests: []Dest{
 				{Prefix: netip.MustParsePrefix("10.0.0.0/8"), Flags: 1, Source: netip.MustParseAddr("10.0.0.2")},
 				{Prefix: netip.MustParsePrefix("fd00::/8"), Flags: 2},

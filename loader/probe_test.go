@@ -66,7 +66,7 @@ func TestPrivilegedProbe(t *testing.T) {
 		"cap-bpf", "cap-perfmon", "cap-net-admin", "cap-sys-admin", "cap-net-raw",
 		"kernel", "btf", "netns-cookie", "ipv6",
 		"cgroup2", "cgroup-pods", "cgroup-unified", "cgroup-link",
-		"bpf-connect4", "bpf-connect6", "bpf-getpeername4", "bpf-getpeername6", "bpf-getsockopt", "bpf-sockops", "bpf-adopt", "bpf-stamp", "bpf-sk-lookup",
+		"bpf-connect4", "bpf-connect6", "bpf-getpeername4", "bpf-getpeername6", "bpf-getsockopt", "bpf-sockops", "bpf-adopt", "bpf-look", "bpf-stamp", "bpf-sk-lookup",
 		"bpf-sendmsg4", "bpf-sendmsg6", "bpf-recvmsg4", "bpf-recvmsg6", "bpf-tc",
 		"bpf-datapath", "netns-link", "bpffs", "bpf-set-retval", "bpf-mptcp-sock",
 		"tc-clsact", "tc-tcx", "tc-sk-assign", "tc-reuseport",

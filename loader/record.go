@@ -170,6 +170,9 @@ func (r *Record) encode() []byte {
 	num(`,"Flags":`, uint64(r.Rules.Flags))
 	str(`,"Source4":`, addrText(r.Rules.Source4))
 	str(`,"Source6":`, addrText(r.Rules.Source6))
+	if r.Rules.Interface != "" {
+		str(`,"Interface":`, r.Rules.Interface)
+	}
 	b = append(b, `,"Dests":[`...)
 	for i, d := range r.Rules.Dests {
 		if i > 0 {

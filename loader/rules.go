@@ -19,6 +19,9 @@ type Rules struct {
 	// Source4 and Source6 are the pod's first global addresses; invalid
 	// without one of that family.
 	Source4, Source6 netip.Addr
+	// Interface is the pod's only one besides lo, where one of the two is
+	// excluded; else empty.
+	Interface string
 	// Dests is a longest-prefix table with the final word on a destination.
 	Dests []Dest
 	// Ports is one, likewise, over the ports of each direction.
@@ -93,5 +96,6 @@ func (r *Rules) pod() bpf.ShuntPod {
 		OutboundPort: r.OutboundPort, InboundPort: r.InboundPort, TunnelPort: r.TunnelPort, DnsPort: r.DNSPort,
 	}
 	p.Source4.W, p.Source6.W = words(r.Source4), words(r.Source6)
+	copy(p.Interface[:], r.Interface)
 	return p
 }

@@ -82,6 +82,27 @@ func (f fd) pin(path string) error {
 	return nil
 }
 
+type testRunAttr struct {
+	progFD   uint32
+	ret      uint32
+	sizeIn   uint32
+	sizeOut  uint32
+	dataIn   unsafe.Pointer
+	dataOut  unsafe.Pointer
+	repeat   uint32
+	duration uint32
+	_        [8]uint32
+}
+
+// testRun runs a program for packets once, on one that says nothing, in the
+// network namespace of the thread.
+func testRun(prog fd) (ret uint32, err error) {
+	var packet [64]byte
+	attr := testRunAttr{progFD: uint32(prog), sizeIn: uint32(len(packet)), dataIn: unsafe.Pointer(&packet)}
+	_, err = syscallBPF(unix.BPF_PROG_TEST_RUN, unsafe.Pointer(&attr), unsafe.Sizeof(attr))
+	return attr.ret, err
+}
+
 type elemAttr struct {
 	mapFD uint32
 	_     uint32

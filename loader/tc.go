@@ -10,7 +10,6 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"syscall"
 	"unsafe"
 
 	"github.com/cilium/ebpf"
@@ -124,37 +123,11 @@ func createTCX(prog fd, ifindex uint32) (fd, error) {
 
 // tcInterfaces lists the namespace's interfaces other than lo, up or down.
 func (n *Netns) tcInterfaces(filter bool) (out []TCInterface, err error) {
-	for range 5 {
-		out = nil
-		err = n.rt.request(unix.RTM_GETLINK, unix.NLM_F_DUMP, make([]byte, unix.SizeofIfInfomsg), func(m *syscall.NetlinkMessage) error {
-			if len(m.Data) < unix.SizeofIfInfomsg {
-				return unix.EBADMSG
-			}
-			info := (*unix.IfInfomsg)(unsafe.Pointer(unsafe.SliceData(m.Data)))
-			if info.Flags&unix.IFF_LOOPBACK != 0 {
-				return nil
-			}
-			i := TCInterface{Index: uint32(info.Index), Filter: filter}
-			attrs, err := syscall.ParseNetlinkRouteAttr(m)
-			if err != nil {
-				return err
-			}
-			for _, a := range attrs {
-				if a.Attr.Type == unix.IFLA_IFNAME {
-					i.Name = unix.ByteSliceToString(a.Value)
-				}
-			}
-			out = append(out, i)
-			return nil
-		})
-		if !errors.Is(err, errDumpInterrupted) {
-			break
-		}
+	all, err := n.Interfaces()
+	for _, i := range all {
+		out = append(out, TCInterface{Index: i.Index, Name: i.Name, Filter: filter})
 	}
-	if err != nil {
-		return nil, fmt.Errorf("list interfaces: %w", err)
-	}
-	return out, nil
+	return out, err
 }
 
 // linkTC makes sure of the program at each of the record's interfaces.
@@ -216,15 +189,6 @@ func linkTCX(dir string, prog fd, i TCInterface) error {
 	}
 	defer l.close()
 	return l.repin(path)
-}
-
-// unlinkSkLookup takes the other hook away from a pod that has TC now.
-func (d *Datapath) unlinkSkLookup(r *Record) error {
-	dir := d.netnsLinks(r.Cookie)
-	if err := d.unlinkAll(dir, skLookupLink, stampLink); err != nil {
-		return err
-	}
-	return d.returnStamps(dir)
 }
 
 // leave takes the program off the interfaces that the record no longer wants.

@@ -44,10 +44,15 @@ func (n *Netns) tproxy(t *TProxy) tproxy.Netns {
 // planTProxy has the record say what TPROXY mode is going to change in the
 // namespace, or an earlier policy of the same attachment has changed. What was
 // there before the first of all attachments counts.
-func (d *Datapath) planTProxy(r, old *Record, n *Netns) error {
+func (d *Datapath) planTProxy(r, old *Record, n *Netns) (err error) {
 	if old != nil && old.TProxy != nil {
-		r.TProxy = old.TProxy
-		return nil
+		t := *old.TProxy
+		r.TProxy = &t
+		if !r.isTProxy() {
+			return nil
+		}
+		t.Sysctls, err = n.tproxy(&t).Before(t.Sysctls)
+		return err
 	}
 	if !r.isTProxy() {
 		return nil

@@ -112,8 +112,11 @@ var needs = []struct {
 	name ReasonName
 	of   func(p *Policy) string // empty: it does not ask for it
 }{
+	// What interfaces the pod has is known only when it is set up: then too eBPF
+	// may turn out not to serve it, for this reason.
 	{ReasonExcludeInterfaces, func(p *Policy) string {
-		return when(len(p.ExcludeInterfaces) > 0, "interfaces are excluded: "+strings.Join(p.ExcludeInterfaces, ", "))
+		return when(len(p.ExcludeInterfaces) > 0 && p.SecondaryNetworks,
+			"interfaces are excluded, "+strings.Join(p.ExcludeInterfaces, ", ")+", and further ones come after this plugin")
 	}},
 	{ReasonRerouteInterfaces, func(p *Policy) string {
 		return when(len(p.RerouteInterfaces) > 0, "interfaces are rerouted: "+strings.Join(p.RerouteInterfaces, ", "))

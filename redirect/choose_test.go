@@ -89,7 +89,6 @@ func TestChooseNeeds(t *testing.T) {
 		text   string
 		policy func(*Policy)
 	}{
-		{"exclude-interfaces", "interfaces are excluded: e0, e1", func(p *Policy) { p.ExcludeInterfaces = []string{"e0", "e1"} }},
 		{"reroute-interfaces", "interfaces are rerouted: r0", func(p *Policy) { p.RerouteInterfaces = []string{"r0"} }},
 		{"runtime-class", `runtimeClassName "kata" is not among nativeRuntimeClasses: its containers may not be processes of this kernel`, func(p *Policy) { p.RuntimeClass = "kata" }},
 		{"secondary-networks", "further networks are attached after this plugin (annotation k8s.v1.cni.cncf.io/networks)", func(p *Policy) { p.SecondaryNetworks = true }},
@@ -108,6 +107,14 @@ func TestChooseNeeds(t *testing.T) {
 		if diff := cmp.Diff(Choice{Datapath: Iptables, Reasons: Reasons{reason}}, got); diff != "" {
 			t.Errorf("%s: %s", n.name, diff)
 		}
+	}
+	// Alone it is for the backend, who knows what interfaces the pod has.
+	all.ExcludeInterfaces = []string{"e0", "e1"}
+	first := Reason{ReasonExcludeInterfaces, "interfaces are excluded, e0, e1, and further ones come after this plugin"}
+	every = append(Reasons{first}, every...)
+	alone := Policy{Mode: ModeRedirect, HostUsers: true, ExcludeInterfaces: all.ExcludeInterfaces}
+	if got, err := Choose(Auto, Auto, new(Pod), &alone); err != nil || got.Datapath != EBPF || !got.Fallback {
+		t.Errorf("interfaces are excluded: %+v, %v", got, err)
 	}
 	_, err := Choose("ebpf", Auto, new(Pod), &all)
 	var unserved *UnservedError

@@ -75,11 +75,15 @@ var setups = map[string]setup{
 		testbed.Annotate(keyIncludeRanges, "127.0.0.8/29,::1/128,10.244.0.0/16,fd10::/16"),
 		testbed.Annotate(keyIncludeInbound, "8080,8090-8099"),
 	}},
-	"dns":                     {mutators: []testbed.PodMutator{captured, testbed.Annotate(keyExcludeRanges, "10.97.0.0/16,fd97::/16")}},
-	"dns, port excluded":      {mutators: []testbed.PodMutator{captured, testbed.Annotate(annotExcludePort, "53")}},
-	"dns, interface excluded": {mutators: []testbed.PodMutator{captured, testbed.Annotate(keyExcludeInterfaces, "net1")}, pod: net1("10.245.1.4", "fd11:1::4")},
-	"net1":                    {pod: net1("10.245.1.5", "fd11:1::5")},
-	"net1 excluded":           {mutators: []testbed.PodMutator{testbed.Annotate(keyExcludeInterfaces, "net1")}, pod: net1("10.245.1.6", "fd11:1::6")},
+	"dns":                {mutators: []testbed.PodMutator{captured, testbed.Annotate(keyExcludeRanges, "10.97.0.0/16,fd97::/16")}},
+	"dns, port excluded": {mutators: []testbed.PodMutator{captured, testbed.Annotate(annotExcludePort, "53")}},
+	"dns, net1 excluded": {mutators: []testbed.PodMutator{captured, testbed.Annotate(keyExcludeInterfaces, "net1")}, pod: net1("10.245.1.4", "fd11:1::4")},
+	"dns, eth0 excluded": {mutators: []testbed.PodMutator{captured, testbed.Annotate(keyExcludeInterfaces, "eth0")}},
+	"dns, lo excluded":   {mutators: []testbed.PodMutator{captured, testbed.Annotate(keyExcludeInterfaces, "lo")}},
+	"eth0 excluded":      {mutators: []testbed.PodMutator{testbed.Annotate(keyExcludeInterfaces, "eth0")}},
+	"lo excluded":        {mutators: []testbed.PodMutator{testbed.Annotate(keyExcludeInterfaces, "lo")}},
+	"net1":               {pod: net1("10.245.1.5", "fd11:1::5")},
+	"net1 excluded":      {mutators: []testbed.PodMutator{testbed.Annotate(keyExcludeInterfaces, "net1")}, pod: net1("10.245.1.6", "fd11:1::6")},
 	"net1 rerouted": {
 		mutators: []testbed.PodMutator{testbed.Annotate(keyReroute, "net1"), testbed.Annotate(keyIncludeRanges, "10.245.2.0/24,fd11:2::/32,10.88.0.0/16,fd88::/16")},
 		pod:      net1("10.245.2.7", "10.245.3.7", "fd11:2::7", "fd11:3::7"),
@@ -157,8 +161,17 @@ var lawRows = []lawRow{
 	}},
 	{section: 3, what: "owner: fsuid and fsgid of the creator", quote: `"owner" = what iptables' owner match sees`, setup: "lists", play: playOwners},
 
-	{section: 4, rule: redirect.RuleOutExcludeInterface, setup: "net1 excluded", play: func(t *testing.T, h *house) {
-		f := flow{by: app, to: "10.77.0.1:80 [fd77::1]:80", from: "N4 N6", iface: "net1"}
+	{section: 4, rule: redirect.RuleOutExcludeInterface, setup: "eth0 excluded", play: func(t *testing.T, h *house) {
+		f := flow{by: app, to: "10.77.0.1:80 [fd77::1]:80", iface: "eth0"}
+		self := flow{by: proxy, to: own}
+		h.in(t, "eth0 excluded", f.with("world", redirect.RuleOutExcludeInterface), self.with("in", redirect.RuleOutProxyToSelf))
+		h.in(t, "lo excluded", f.with("out", redirect.RuleOutIncludeCIDR), self.with("app", redirect.RuleOutExcludeInterface))
+		h.in(t, "bare", f.with("out", redirect.RuleOutIncludeCIDR), self.with("in", redirect.RuleOutProxyToSelf))
+		if !h.can.Interfaces {
+			h.note(noteOne)
+			return
+		}
+		f.from, f.iface = "N4 N6", "net1"
 		h.in(t, "net1 excluded", f.with("world", redirect.RuleOutExcludeInterface), flow{by: app, to: "10.99.0.9:80 [fd99::9]:80", goes: "out"})
 		h.in(t, "net1", f.with("out", redirect.RuleOutIncludeCIDR))
 	}},
@@ -411,8 +424,14 @@ var lawRows = []lawRow{
 		h.resolve(t, "dns", "the proxy's own", "of the proxy's group alone", "from S6", "an excluded CIDR")
 		h.resolve(t, "dns, port excluded", "port 53 excluded")
 	}},
-	{section: 4, what: "UDP port 53 by an excluded interface", quote: "For UDP port 53 the rules that apply", setup: "dns, interface excluded", play: func(t *testing.T, h *house) {
-		h.resolve(t, "dns, interface excluded", "an excluded interface")
+	{section: 4, what: "UDP port 53 by an excluded interface", quote: "For UDP port 53 the rules that apply", setup: "dns, eth0 excluded", play: func(t *testing.T, h *house) {
+		h.resolve(t, "dns, eth0 excluded", "eth0 excluded")
+		h.resolve(t, "dns, lo excluded", "lo excluded")
+		if !h.can.Interfaces {
+			h.note(noteOne)
+			return
+		}
+		h.resolve(t, "dns, net1 excluded", "net1 excluded")
 	}},
 
 	{section: 5, rule: redirect.RuleInReroute, setup: "net1 rerouted", play: func(t *testing.T, h *house) {
@@ -426,7 +445,15 @@ var lawRows = []lawRow{
 		s.try(flow{by: world, to: "10.88.0.1:80 [fd88::1]:80", iface: "net1", goes: "out", rule: redirect.RuleInReroute})
 		h.in(t, "net1", flow{by: world, to: "N4:8080 [N6]:8080", iface: "net1", goes: "in", rule: redirect.RuleInInclude})
 	}},
-	{section: 5, rule: redirect.RuleInExcludeInterface, setup: "net1 excluded", play: func(t *testing.T, h *house) {
+	{section: 5, rule: redirect.RuleInExcludeInterface, setup: "eth0 excluded", play: func(t *testing.T, h *house) {
+		direct, taken := flow{by: world, to: own, goes: "app", rule: redirect.RuleInExcludeInterface}, flow{by: world, to: own, goes: "in", rule: redirect.RuleInInclude}
+		h.in(t, "eth0 excluded", direct)
+		h.in(t, "lo excluded", taken)
+		h.in(t, "bare", taken)
+		if !h.can.Interfaces {
+			h.note(noteOne)
+			return
+		}
 		f := flow{by: world, to: "N4:8080 [N6]:8080", iface: "net1"}
 		h.in(t, "net1 excluded", f.with("app", redirect.RuleInExcludeInterface), flow{by: world, to: own, goes: "in", rule: redirect.RuleInInclude})
 		h.in(t, "net1", f.with("in", redirect.RuleInInclude))
@@ -914,7 +941,9 @@ var moreScenarios = map[string]func(p *dnsPod) (got, want []string){
 		c.hear(1)
 		return c.close(), p.heard(to, "dns", "q")
 	},
-	"an excluded interface": func(p *dnsPod) (got, want []string) {
+	"eth0 excluded": func(p *dnsPod) (got, want []string) { return p.byWays("world", "dns") },
+	"lo excluded":   func(p *dnsPod) (got, want []string) { return p.byWays("dns", "app") },
+	"net1 excluded": func(p *dnsPod) (got, want []string) {
 		to, from := ap("10.77.0.53:53"), p.Interfaces[1].Addrs[0].Addr()
 		if p.family() == 6 {
 			to, from = ap("[fd77::53]:53"), p.Interfaces[1].Addrs[1].Addr()
@@ -931,6 +960,28 @@ var moreScenarios = map[string]func(p *dnsPod) (got, want []string){
 		}
 		return got, want
 	},
+}
+
+// byWays asks a resolver outside, and the pod itself, connected and not: by eth0
+// and by lo.
+func (p *dnsPod) byWays(outside, inside string) (got, want []string) {
+	for _, x := range []struct {
+		to      netip.AddrPort
+		answers string
+	}{{p.one, outside}, {at(p.own, dnsPort), inside}} {
+		c := p.client(app, p.family())
+		c.ask("q", x.to)
+		c.hear(1)
+		got = append(got, c.close()...)
+		c = p.client(app, p.family())
+		if c.connect(x.to) {
+			c.ask("q", netip.AddrPort{})
+			c.hear(1)
+		}
+		answer := fmt.Sprintf("%v: %s to %v: q", x.to, x.answers, p.own)
+		got, want = append(got, c.close()...), append(want, answer, fmt.Sprintf("connected to %v", x.to), answer)
+	}
+	return got, want
 }
 
 // resolve plays scenarios of resolvers in the pod of a setup, in both families.

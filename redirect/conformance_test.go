@@ -64,6 +64,7 @@ var notes = []struct{ text, file, quote string }{
 	noteMany:     {"of more than 32 listeners of a kind some are not known: refused and counted", architecture, "more than 32 listeners of one kind"},
 	noteMPTCP:    {"refused and counted, where the kernel keeps an MPTCP listener out of a sockmap", semantics, "on kernels that refuse it in a sockmap: refused, counted, told"},
 	noteOpaque:   {"a listener that is not transparent is served, where iptables drops the client's packets", architecture, "a listener that is not transparent"},
+	noteOne:      {"in a pod with one interface besides lo, which is there at ADD: others get iptables (`exclude-interfaces`)", architecture, "in a pod that has one interface besides lo"},
 	noteNoMap:    {"it has no map that could be full", semantics, "a full map"},
 }
 
@@ -78,6 +79,7 @@ const (
 	noteMany
 	noteMPTCP
 	noteOpaque
+	noteOne
 	noteNoMap
 )
 
@@ -341,8 +343,8 @@ func (h *house) contrasts(rule redirect.Rule) bool {
 // capable reports whether a backend with these features serves a policy.
 func capable(can flowgen.Features, p *redirect.Policy) bool {
 	s := flowgen.Scene{Needs: flowgen.Features{
-		Interfaces: len(p.ExcludeInterfaces)+len(p.RerouteInterfaces) > 0,
-		TProxy:     p.Mode == redirect.ModeTProxy, DNS: p.DNSCapture,
+		Interfaces: len(p.RerouteInterfaces) > 0, Excluded: len(p.ExcludeInterfaces) > 0,
+		TProxy: p.Mode == redirect.ModeTProxy, DNS: p.DNSCapture,
 	}}
 	return can.Serve(&s)
 }
@@ -483,7 +485,7 @@ func checkQuotes(t testing.TB) {
 	}
 }
 
-var superscripts = []string{"¹", "²", "³", "⁴", "⁵", "⁶", "⁷", "⁸", "⁹"}
+var superscripts = []string{"¹", "²", "³", "⁴", "⁵", "⁶", "⁷", "⁸", "⁹", "¹⁰", "¹¹", "¹²"}
 
 // render writes the table.
 func render(all []*node, table map[string]map[string]cell) string {

@@ -35,8 +35,8 @@ var kinds = []struct {
 	can  flowgen.Features
 	open func(t testing.TB, n *node)
 }{
-	{"ebpf", redirect.HookSkLookup, flowgen.Features{ConnectHooks: true, TProxy: true, DNS: true}, openEBPF(nil)},
-	{"ebpf-tc", redirect.HookTC, flowgen.Features{ConnectHooks: true, TProxy: true, DNS: true}, openEBPF(nil)},
+	{"ebpf", redirect.HookSkLookup, flowgen.Features{ConnectHooks: true, Excluded: true, TProxy: true, DNS: true}, openEBPF(nil)},
+	{"ebpf-tc", redirect.HookTC, flowgen.Features{ConnectHooks: true, Excluded: true, TProxy: true, DNS: true}, openEBPF(nil)},
 	{"iptables-nft", "", flowgen.Features{Interfaces: true, TProxy: true, DNS: true}, openIPTables(iptables.NFT)},
 	{"iptables-legacy", "", flowgen.Features{Interfaces: true, TProxy: true, DNS: true}, openIPTables(iptables.Legacy)},
 }

@@ -47,16 +47,59 @@ struct tcp_timewait_sock {
 	__u32 tw_ts_recent;
 };
 
+struct list_head {
+	struct list_head *next;
+};
+
+typedef struct {
+	int counter;
+} atomic_t;
+
+struct netns_ipv4 {
+	atomic_t dev_addr_genid;
+};
+
+struct netns_ipv6 {
+	atomic_t dev_addr_genid;
+};
+
 struct net {
 	__u64 net_cookie;
+	struct list_head dev_base_head;
+	struct netns_ipv4 ipv4;
+	struct netns_ipv6 ipv6;
 };
 
 typedef struct {
 	struct net *net;
 } possible_net_t;
 
+struct in_ifaddr {
+	struct in_ifaddr *ifa_next;
+	__be32 ifa_local;
+};
+
+struct in_device {
+	struct in_ifaddr *ifa_list;
+};
+
+struct inet6_ifaddr {
+	struct in6_addr addr;
+	struct list_head if_list;
+};
+
+struct inet6_dev {
+	struct list_head addr_list;
+};
+
 struct net_device {
+	char name[16];
+	unsigned int flags;
+	int ifindex;
+	struct list_head dev_list;
 	possible_net_t nd_net;
+	struct in_device *ip_ptr;
+	struct inet6_dev *ip6_ptr;
 };
 
 struct sk_buff {

@@ -449,8 +449,8 @@ func TestAddErrors(t *testing.T) {
 		{"annotation", func(b *bed) { b.pod = meshed("traffic.sidecar.istio.io/excludeOutboundPorts", "80,,81") }, 7, "traffic.sidecar.istio.io/excludeOutboundPorts: value \"80,,81\"", false},
 		{"own annotation", func(b *bed) { b.pod = meshed("shunt.dev/datapath", "bpf") }, 7, `shunt.dev/datapath: value "bpf": expected ebpf or iptables`, false},
 		{"not served", func(b *bed) {
-			b.pod = meshed("traffic.sidecar.istio.io/excludeInterfaces", "net1", redirect.KeyDatapath, "ebpf")
-		}, 100, "interfaces are excluded: net1", false},
+			b.pod = meshed("istio.io/reroute-virtual-interfaces", "net1", redirect.KeyDatapath, "ebpf")
+		}, 100, "interfaces are rerouted: net1", false},
 		{"host's netns", func(b *bed) { b.checkNetns = func(string) error { return errors.New("it is the host's") } }, 8, "program pod ns/p: it is the host's", false},
 		{"backend", func(b *bed) { b.backend.applyErr = errors.New("EPERM") }, 100, "program pod ns/p: EPERM", true},
 		{"backend, undo", func(b *bed) {

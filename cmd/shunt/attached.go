@@ -112,7 +112,11 @@ func findAttached(conf *netconf.Config) ([]*attached, error) {
 		return nil, err
 	}
 	for _, r := range rules {
-		at(r.Attachment, r.Network, r.Pod).iptables = r
+		a := at(r.Attachment, r.Network, r.Pod)
+		if r.Kept && a.ebpf != nil {
+			continue // what is left of iptables redirects nothing
+		}
+		a.iptables = r
 	}
 	all := make([]*attached, 0, len(found))
 	for _, a := range found {

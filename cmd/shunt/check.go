@@ -148,7 +148,15 @@ func rulesDiffer(r *loader.Record, path string, p *redirect.Policy) (names []str
 		}
 		return m, err
 	}
-	want, err := fields(ebpf.Compile(p, ebpf.Net{Addrs: addrs, Netns: ns}))
+	asked, err := ebpf.Tables(p, ebpf.Net{Addrs: addrs, Netns: ns})
+	if errors.Is(err, loader.ErrInterfaces) {
+		return []string{"Interface (" + err.Error() + ")"}, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	asked.Flags |= r.Rules.Flags & bpf.ShuntPodFlagPOD_IN_TC // which is no part of a policy
+	want, err := fields(asked)
 	got, err2 := fields(r.Rules)
 	if err := errors.Join(err, err2); err != nil {
 		return nil, err

@@ -169,6 +169,9 @@ func notes(s *subject) (list []string) {
 	const nowhere = "INVALID_DROP has no effect by eBPF, where no packet has a conntrack state to be invalid"
 	note(p.InvalidDrop && s.choice.Datapath == redirect.EBPF && !s.choice.Fallback, nowhere)
 	note(p.InvalidDrop && s.choice.Datapath == redirect.EBPF && s.choice.Fallback, nowhere+"; it takes effect if iptables takes over")
+	const alone = "eBPF serves excludeInterfaces where they are there when the pod is set up, and it has one interface besides lo; otherwise "
+	note(len(p.ExcludeInterfaces) > 0 && s.choice.Datapath == redirect.EBPF && s.choice.Fallback, alone+"iptables takes over (%s)", redirect.ReasonExcludeInterfaces)
+	note(len(p.ExcludeInterfaces) > 0 && s.choice.Datapath == redirect.EBPF && !s.choice.Fallback, alone+"ADD fails")
 	note(has(keyExcludeInboundPorts) && !p.IncludeInboundPorts.All,
 		"%s is not used: it counts only where all inbound ports are included", keyExcludeInboundPorts)
 	note(has(keyKubevirtInterfaces) && has(keyRerouteInterfaces), "%s is not used: %s goes before it", keyKubevirtInterfaces, keyRerouteInterfaces)

@@ -184,6 +184,7 @@ func TestNotes(t *testing.T) {
 		{"meshed.yaml", keyIncludeOutboundRanges, "127.1.0.0/16", "a part of loopback is included"},
 		{"meshed.yaml", "shunt.dev/datapth", "", "annotation shunt.dev/datapth is not used: no such key is known"},
 		{"meshed.yaml", "example.com/x", "", ""},
+		{"meshed.yaml", keyExcludeInterfaces, "eth0", "it has one interface besides lo; otherwise iptables takes over (exclude-interfaces)"},
 	} {
 		notes := explain(t, tc.pod, annotate(tc.key, tc.value)).Notes
 		// The misspelt key of its own is another line's.

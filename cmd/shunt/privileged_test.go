@@ -19,6 +19,7 @@ import (
 	"time"
 
 	"shunt.dev/shunt/internal/testbed"
+	"shunt.dev/shunt/redirect"
 )
 
 var built = sync.OnceValues(func() (string, error) {
@@ -424,6 +425,33 @@ func TestPrivilegedBesideCNI(t *testing.T) {
 	n.want(t, 1, "is of another network namespace", "check", "--netns", testbed.NewPod(t).NetnsPath(), "--netconf", conf, "--pod", pod,
 		"--container-id", fmt.Sprintf("netns-%d", p.NetnsCookie(t)))
 	n.want(t, 0, "removed", "remove", "--container-id", fmt.Sprintf("netns-%d", p.NetnsCookie(t)), "--netconf", conf)
+	if left := n.left(t, p); len(left) > 0 {
+		t.Errorf("left behind: %q", left)
+	}
+}
+
+// TestPrivilegedExcluded: a pod whose interface is excluded, on both inbound hooks;
+// and one that eBPF can't serve.
+func TestPrivilegedExcluded(t *testing.T) {
+	n, p, app := begin(t)
+	for _, hook := range []string{"sk_lookup", "tc"} {
+		pod := n.file(t, hook+".json", p.Injected(testbed.Annotate(keyExcludeInterfaces, "eth0"), testbed.Annotate(redirect.KeyInboundHook, hook)))
+		at := func(verb string) []string {
+			return []string{verb, "--netns", p.NetnsPath(), "--netconf", n.conf(t, "ebpf"), "--pod", pod}
+		}
+		n.want(t, 0, "is redirected by ebpf", at("apply")...)
+		n.want(t, 0, "as it should be", at("check")...)
+		expectServed(t, app, "10.99.3.4:80", "world")
+		n.want(t, 0, "removed", at("remove")[:5]...)
+	}
+	pod := n.file(t, "pod.json", p.Injected(testbed.Annotate(keyExcludeInterfaces, "net1")))
+	at := func(verb, datapath string) []string {
+		return []string{verb, "--netns", p.NetnsPath(), "--netconf", n.conf(t, datapath), "--pod", pod}
+	}
+	n.want(t, 1, "the pod has no net1 as yet, but eth0", at("apply", "ebpf")...)
+	n.want(t, 0, "is redirected by iptables", at("apply", "auto")...)
+	n.want(t, 0, "as it should be", at("check", "auto")...)
+	n.want(t, 0, "removed", at("remove", "auto")[:5]...)
 	if left := n.left(t, p); len(left) > 0 {
 		t.Errorf("left behind: %q", left)
 	}

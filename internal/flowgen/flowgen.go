@@ -20,7 +20,8 @@ import (
 
 // Features are what a backend can do beyond TCP, ports and prefixes.
 type Features struct {
-	Interfaces bool // excluded and rerouted ones
+	Interfaces bool // excluded and rerouted ones, in any pod
+	Excluded   bool // excluded ones that are there, in a pod that has one besides lo
 	TProxy     bool
 	DNS        bool // captured over UDP
 	// ConnectHooks: it decides before the kernel looks for a route. No scene
@@ -31,7 +32,7 @@ type Features struct {
 // Serve reports whether a backend with these features serves a scene.
 func (f Features) Serve(s *Scene) bool {
 	n := s.Needs
-	return (f.Interfaces || !n.Interfaces) && (f.TProxy || !n.TProxy) && (f.DNS || !n.DNS)
+	return (f.Interfaces || !n.Interfaces) && (f.Excluded || f.Interfaces || !n.Excluded) && (f.TProxy || !n.TProxy) && (f.DNS || !n.DNS)
 }
 
 // The keys of what a policy is made of.
@@ -128,7 +129,10 @@ func New(t testing.TB, seed int64, number int, wishes ...Wish) *Scene {
 		t.Fatalf("the pod is not to be redirected: %+v, %v", outcome, err)
 	}
 	s.Policy = policy
-	s.Needs.Interfaces = len(policy.ExcludeInterfaces)+len(policy.RerouteInterfaces) > 0
+	there := func(name string) bool { return name == "lo" || name == "eth0" }
+	s.Needs.Excluded = len(policy.ExcludeInterfaces) > 0
+	s.Needs.Interfaces = len(policy.RerouteInterfaces) > 0 ||
+		s.Needs.Excluded && (second || slices.ContainsFunc(policy.ExcludeInterfaces, func(name string) bool { return !there(name) }))
 	s.Needs.TProxy = policy.Mode == redirect.ModeTProxy
 	s.split = s.rand.IntN(3) == 0
 	if s.rand.IntN(5) == 0 && !s.Needs.TProxy { // which drops what nobody listens for
@@ -262,6 +266,10 @@ func (s *Scene) randomPolicy(secondInterface bool) {
 		case 2:
 			s.Annots[excludeInterfaces], s.Annots[rerouteInterfaces] = pick(s.rand, []string{"net1", "eth0"}), pick(s.rand, []string{"net1", "eth0"})
 		}
+	}
+	if !secondInterface && s.rand.IntN(4) == 0 {
+		s.Annots[excludeInterfaces] = pick(s.rand, []string{"eth0", "lo", "eth0", "lo", "eth0,lo"})
+		delete(s.Annots, rerouteInterfaces)
 	}
 }
 

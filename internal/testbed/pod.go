@@ -206,6 +206,44 @@ func NewPod(t testing.TB, opts ...Option) *Pod {
 	return p
 }
 
+// AddInterface adds an interface to a pod that is there.
+func (p *Pod) AddInterface(t testing.TB, name string, addrs, routes []string) {
+	t.Helper()
+	p.Interfaces = append(p.Interfaces, p.connect(t, PodInterface{Name: name, Addrs: prefixes(addrs), Routes: prefixes(routes)}))
+}
+
+// AddAddrs adds addresses to an interface of a pod that is there. What the world
+// sends to them comes by that.
+func (p *Pod) AddAddrs(t testing.TB, name string, addrs ...string) {
+	t.Helper()
+	inner, err := p.nl.LinkByName(name)
+	if err != nil {
+		t.Fatalf("pod %s: find interface %s: %v", p.Name, name, err)
+	}
+	outer, err := p.World.nl.LinkByName(p.outside[name])
+	if err != nil {
+		t.Fatalf("pod %s: find the world's end of %s: %v", p.Name, name, err)
+	}
+	for _, a := range prefixes(addrs) {
+		addr := &netlink.Addr{IPNet: ipNet(a)}
+		if a.Addr().Is6() {
+			addr.Flags = unix.IFA_F_NODAD
+		}
+		if err := p.nl.AddrAdd(inner, addr); err != nil {
+			t.Fatalf("pod %s: add address %v: %v", p.Name, a, err)
+		}
+		p.World.Route(t, netip.PrefixFrom(a.Addr(), a.Addr().BitLen()), p, name)
+		err := p.World.nl.NeighSet(&netlink.Neigh{
+			LinkIndex: outer.Attrs().Index, State: unix.NUD_PERMANENT,
+			IP: a.Addr().AsSlice(), HardwareAddr: inner.Attrs().HardwareAddr,
+		})
+		if err != nil {
+			t.Fatalf("pod %s: add neighbour %v: %v", p.Name, a, err)
+		}
+	}
+	awaitAddresses(t, p.namespace, inner)
+}
+
 // nextPod numbers the pods of a world, from 10.
 func (w *World) nextPod() int {
 	w.mu.Lock()

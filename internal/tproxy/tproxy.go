@@ -86,6 +86,23 @@ func (n Netns) Sysctls() (values map[string]string, err error) {
 	return values, err
 }
 
+// Before corrects what a record says the sysctls were. One that says 1 of what is
+// not 1 now was read while another backend had switched it on, which has put it back
+// since.
+func (n Netns) Before(recorded map[string]string) (map[string]string, error) {
+	now, err := n.Sysctls()
+	if err != nil {
+		return nil, err
+	}
+	before := maps.Clone(recorded)
+	for key, value := range recorded {
+		if is, ok := now[key]; ok && value == "1" {
+			before[key] = is
+		}
+	}
+	return before, nil
+}
+
 func (n Netns) set(values map[string]string) error {
 	return n.Do(func() error {
 		for _, key := range slices.Sorted(maps.Keys(values)) {

@@ -10,6 +10,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"slices"
 	"time"
 
 	"shunt.dev/shunt/loader"
@@ -46,8 +47,9 @@ type backend interface {
 type Backends struct {
 	ebpf     backend
 	iptables backend
-	// yield is Remove of iptables, for a pod that eBPF redirects by now.
-	yield func(context.Context, redirect.Attachment) error
+	// yield is Remove of iptables, for a pod that eBPF redirects by now and that
+	// may be running.
+	yield func(ctx context.Context, a redirect.Attachment, running bool) error
 	// What Status asks.
 	node  loader.Options
 	rules *iptables.Backend
@@ -84,7 +86,9 @@ func (b *Backends) Apply(ctx context.Context, t redirect.Target, p *redirect.Pol
 		t.Hook = c.Hook
 		err := b.ebpf.Apply(ctx, t, p)
 		if err == nil {
-			return c, b.replace(ctx, t, p, b.ebpf, b.iptables, b.yield)
+			return c, b.replace(ctx, t, p, b.ebpf, b.iptables, func(ctx context.Context, a redirect.Attachment) error {
+				return b.yield(ctx, a, t.Running)
+			})
 		}
 		// What is left of it might meet with iptables' rules in ways that
 		// nobody has thought of.
@@ -142,6 +146,8 @@ func (b *Backends) Remove(ctx context.Context, a redirect.Attachment) error {
 func (b *Backends) Attachments(ctx context.Context, network string) ([]redirect.Attachment, error) {
 	first, err := b.ebpf.Attachments(ctx, network)
 	second, err2 := b.iptables.Attachments(ctx, network)
+	// iptables has a record too of what it keeps in a pod of eBPF's.
+	second = slices.DeleteFunc(second, func(a redirect.Attachment) bool { return slices.Contains(first, a) })
 	return append(first, second...), errors.Join(err, err2)
 }
 

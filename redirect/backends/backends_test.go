@@ -39,7 +39,7 @@ func (f *fake) Check(context.Context, redirect.Target) error { return f.do("chec
 
 func (f *fake) Remove(context.Context, redirect.Attachment) error { return f.do("remove") }
 
-func (f *fake) Yield(context.Context, redirect.Attachment) error { return f.do("yield") }
+func (f *fake) Yield(context.Context, redirect.Attachment, bool) error { return f.do("yield") }
 
 func (f *fake) Ready(context.Context) error { return f.do("ready") }
 

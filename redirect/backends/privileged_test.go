@@ -7,6 +7,7 @@ package backends
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net/netip"
 	"runtime"
 	"slices"
@@ -19,6 +20,7 @@ import (
 	"shunt.dev/shunt/internal/testbed"
 	"shunt.dev/shunt/loader"
 	"shunt.dev/shunt/redirect"
+	"shunt.dev/shunt/redirect/iptables"
 )
 
 func TestMain(m *testing.M) { testbed.Main(m) }
@@ -46,6 +48,11 @@ func redirected(t *testing.T, when string, p *testbed.Pod, app *testbed.App) {
 // node gives a node's backends, and what they are to do for a pod that runs.
 func node(t *testing.T, p *testbed.Pod, mutators ...testbed.PodMutator) (*Backends, redirect.Target, *redirect.Policy) {
 	t.Helper()
+	return nodeOf(t, iptables.Auto, p, mutators...)
+}
+
+func nodeOf(t *testing.T, mode iptables.Mode, p *testbed.Pod, mutators ...testbed.PodMutator) (*Backends, redirect.Target, *redirect.Policy) {
+	t.Helper()
 	facts, err := redirect.ParsePod(p.Injected(append(mutators, testbed.ContainerPorts(8080))...))
 	if err != nil {
 		t.Fatal(err)
@@ -59,7 +66,7 @@ func node(t *testing.T, p *testbed.Pod, mutators ...testbed.PodMutator) (*Backen
 		Attachment: redirect.Attachment{ContainerID: p.ContainerID, IfName: "eth0"},
 		Network:    "test", Netns: p.NetnsPath(), Cgroup: p.CgroupPath(), Addrs: p.AllAddrs(), Running: true,
 	}
-	b := New(Options{BPFDir: testbed.BPFFS(t) + "/shunt", RunDir: t.TempDir()})
+	b := New(Options{BPFDir: testbed.BPFFS(t) + "/shunt", RunDir: t.TempDir(), Iptables: mode})
 	t.Cleanup(func() {
 		if err := b.Remove(context.Background(), target.Attachment); err != nil {
 			t.Error(err)
@@ -77,9 +84,21 @@ func chosen(d redirect.Datapath) redirect.Choice {
 func TestPrivilegedChange(t *testing.T) {
 	testbed.Privileged(t)
 	testbed.NoLeaks(t)
+	for _, mode := range []iptables.Mode{iptables.NFT, iptables.Legacy} {
+		t.Run(string(mode), func(t *testing.T) { testChange(t, mode) })
+	}
+}
+
+func testChange(t *testing.T, mode iptables.Mode) {
 	p := testbed.NewPod(t)
 	p.World.ServeAll(t)
-	b, target, policy := node(t, p)
+	b, target, policy := nodeOf(t, mode, p)
+	save := func() (all string) {
+		for _, name := range []string{"iptables-%s-save", "ip6tables-%s-save"} {
+			all += p.Command(t, fmt.Sprintf(name, mode))
+		}
+		return all
+	}
 	p.StartProxy(t, testbed.ProxyUID, testbed.ProxyGID)
 	app := p.StartApp(t, 8080)
 	apply := func(c redirect.Choice) {
@@ -91,7 +110,7 @@ func TestPrivilegedChange(t *testing.T) {
 		if err := b.Check(t.Context(), target); err != nil {
 			t.Error(err)
 		}
-		rules := strings.Contains(p.Command(t, "iptables-save")+p.Command(t, "ip6tables-save"), "SHUNT")
+		rules := strings.Contains(save(), "SHUNT_OUT")
 		if on := b.ebpf.Check(t.Context(), target) == nil; on != (c.Datapath == redirect.EBPF) || rules == on {
 			t.Errorf("%s: eBPF %v, rules %v", c.Datapath, on, rules)
 		}
@@ -99,7 +118,7 @@ func TestPrivilegedChange(t *testing.T) {
 			t.Errorf("%s: ::6 is not on lo:\n%s", c.Datapath, s6)
 		}
 	}
-	// A connection of eBPF's lives on through all that follows.
+	// A connection lives on through all that follows, whoever has redirected it.
 	alive := map[int]string{}
 	begin := func(when string) {
 		t.Helper()
@@ -127,9 +146,7 @@ func TestPrivilegedChange(t *testing.T) {
 	for _, d := range []redirect.Datapath{redirect.Iptables, redirect.EBPF, redirect.Iptables, redirect.EBPF} {
 		apply(chosen(d))
 		lives(string(d))
-		if d == redirect.EBPF { // those of iptables end with its rules: docs/ARCHITECTURE.md
-			begin(string(d))
-		}
+		begin(string(d))
 	}
 
 	if err := b.iptables.Apply(t.Context(), target, policy); err != nil {
@@ -137,11 +154,22 @@ func TestPrivilegedChange(t *testing.T) {
 	}
 	redirected(t, "both", p, app)
 	lives("both")
-	if err := b.yield(t.Context(), target.Attachment); err != nil {
-		t.Fatal(err)
+	for range 2 { // and again: nothing more is to do
+		if err := b.yield(t.Context(), target.Attachment, true); err != nil {
+			t.Fatal(err)
+		}
 	}
 	redirected(t, "eBPF again", p, app)
 	lives("eBPF again")
+	if got, err := b.Attachments(t.Context(), "test"); len(got) != 1 || err != nil {
+		t.Errorf("attachments %v, %v", got, err)
+	}
+	if err := b.Remove(t.Context(), target.Attachment); err != nil {
+		t.Error(err)
+	}
+	if rules := save(); strings.Contains(rules, "SHUNT") {
+		t.Errorf("rules that are left:\n%s", rules)
+	}
 }
 
 // TestPrivilegedProxySpeaksFirst: when iptables comes, the first packet that it
@@ -200,7 +228,10 @@ func TestPrivilegedChangeTProxy(t *testing.T) {
 	testbed.NoLeaks(t)
 	p := testbed.NewPod(t)
 	b, target, policy := node(t, p, testbed.Annotate("sidecar.istio.io/interceptionMode", "TPROXY"), testbed.ProxyEnv("ISTIO_META_DNS_CAPTURE", "true"))
-	marks := func() string { return p.Command(t, "ip", "rule") + p.Command(t, "ip", "-6", "rule") }
+	marks := func() string {
+		return p.Command(t, "ip", "rule") + p.Command(t, "ip", "-6", "rule") + p.Command(t, "cat",
+			"/proc/sys/net/ipv4/tcp_fwmark_accept", "/proc/sys/net/ipv4/fwmark_reflect", "/proc/sys/net/ipv6/fwmark_reflect")
+	}
 	before := marks()
 	for _, d := range []redirect.Datapath{redirect.EBPF, redirect.Iptables, redirect.EBPF, redirect.EBPF, redirect.Iptables} {
 		if _, err := b.Apply(t.Context(), target, policy, chosen(d)); err != nil {

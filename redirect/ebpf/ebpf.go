@@ -45,7 +45,10 @@ func (b *Backend) Apply(ctx context.Context, t redirect.Target, p *redirect.Poli
 		return err
 	}
 	defer ns.Close()
-	rules := Compile(p, Net{Addrs: t.Addrs, Netns: ns})
+	rules, err := Tables(p, Net{Addrs: t.Addrs, Netns: ns})
+	if err != nil {
+		return err
+	}
 	if rules.UID, rules.GID, err = ns.HostIDs(rules.UID, rules.GID, p.HostUsers); err != nil {
 		return err
 	}
@@ -117,6 +120,7 @@ func Reason(err error) redirect.Reason {
 		{loader.ErrFull, redirect.ReasonMapFull},
 		{loader.ErrAttach, redirect.ReasonAttachRefused},
 		{loader.ErrListener, redirect.ReasonListener},
+		{loader.ErrInterfaces, redirect.ReasonExcludeInterfaces},
 		{loader.ErrUserNamespace, redirect.ReasonUserNamespace},
 		{unix.EPERM, redirect.ReasonNoPermission},
 	} {
@@ -153,10 +157,19 @@ func (n Net) all() []netip.Addr {
 	return out
 }
 
-// Compile turns a policy into the tables of one pod. It never cuts a list
-// short. What the programs have no notion of (interfaces) is for the choice of
-// the backend to keep away from here. The proxy's ids are the pod's own; see
-// loader.Netns.HostIDs.
+// Tables turns a policy into the tables of one pod: Compile, and what the pod's
+// interfaces decide. It fails with loader.ErrInterfaces where it is not certain by
+// which of them a connection leaves, and one is excluded.
+func Tables(p *redirect.Policy, n Net) (loader.Rules, error) {
+	r := Compile(p, n)
+	err := exclude(&r, p.ExcludeInterfaces, n.Netns.Interfaces)
+	return r, err
+}
+
+// Compile turns a policy into the tables of one pod, but for interfaces: Tables
+// sees to those that are excluded, and the choice of the backend keeps rerouted
+// ones away from here. It never cuts a list short. The proxy's ids are the pod's
+// own; see loader.Netns.HostIDs.
 func Compile(p *redirect.Policy, n Net) loader.Rules {
 	r := loader.Rules{
 		UID: p.Proxy.UID, GID: p.Proxy.GID,

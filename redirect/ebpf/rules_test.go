@@ -18,12 +18,15 @@ import (
 
 // The annotations that tests set.
 const (
-	includeRanges   = "traffic.sidecar.istio.io/includeOutboundIPRanges"
-	excludeRanges   = "traffic.sidecar.istio.io/excludeOutboundIPRanges"
-	includePorts    = "traffic.sidecar.istio.io/includeOutboundPorts"
-	excludePorts    = "traffic.sidecar.istio.io/excludeOutboundPorts"
-	includeInbound  = "traffic.sidecar.istio.io/includeInboundPorts"
-	excludeInbound  = "traffic.sidecar.istio.io/excludeInboundPorts"
+	includeRanges  = "traffic.sidecar.istio.io/includeOutboundIPRanges"
+	excludeRanges  = "traffic.sidecar.istio.io/excludeOutboundIPRanges"
+	includePorts   = "traffic.sidecar.istio.io/includeOutboundPorts"
+	excludePorts   = "traffic.sidecar.istio.io/excludeOutboundPorts"
+	includeInbound = "traffic.sidecar.istio.io/includeInboundPorts"
+	excludeInbound = "traffic.sidecar.istio.io/excludeInboundPorts"
+
+	excludeInterfaces = "traffic.sidecar.istio.io/excludeInterfaces"
+
 	dnsCaptureEnv   = "ISTIO_META_DNS_CAPTURE"
 	dnsPort         = 15053
 	tunnelPort      = 15008
@@ -212,6 +215,30 @@ var ruleCases = []struct {
 		},
 	},
 	{
+		"eth0 excluded",
+		[]testbed.PodMutator{testbed.Annotate(excludeInterfaces, "eth0")},
+		[]ruleCase{
+			{rule: redirect.RuleOutExcludeInterface, dst4: "10.96.0.1:80", dst6: "[fd96::1]:80", listener: "world"},
+			{rule: redirect.RuleOutExcludeInterface, who: "proxy", dst4: "10.96.0.1:80", dst6: "[fd96::1]:80", listener: "world"},
+			{rule: redirect.RuleOutProxyToSelf, who: "proxy", dst4: "POD:8080", dst6: "[POD]:8080", listener: "in"},
+			{rule: redirect.RuleOutLocal, dst4: "POD:8080", dst6: "[POD]:8080", listener: "app"},
+			{rule: redirect.RuleInExcludeInterface, who: "world", dst4: "POD:8080", dst6: "[POD]:8080", listener: "app"},
+			{rule: redirect.RuleInExcludeInterface, who: "world", dst4: "POD:15008", dst6: "[POD]:15008", listener: "tunnel"},
+		},
+	},
+	{
+		"lo excluded",
+		[]testbed.PodMutator{testbed.Annotate(excludeInterfaces, "lo")},
+		[]ruleCase{
+			{rule: redirect.RuleOutExcludeInterface, who: "proxy", dst4: "POD:8080", dst6: "[POD]:8080", listener: "app"},
+			{rule: redirect.RuleOutExcludeInterface, dst4: "127.0.0.1:8080", dst6: "[::1]:8080", from4: "127.0.0.1", from6: "::1", listener: "app"},
+			{rule: redirect.RuleOutExcludeInterface, dst4: "POD:15001", dst6: "[POD]:15001", listener: "out"},
+			{rule: redirect.RuleOutExcludeInterface, dst4: "POD:15006", dst6: "[POD]:15006", listener: "in"},
+			{rule: redirect.RuleOutIncludeCIDR, dst4: "10.96.0.1:80", dst6: "[fd96::1]:80", listener: "out"},
+			{rule: redirect.RuleInInclude, who: "world", dst4: "POD:8080", dst6: "[POD]:8080", listener: "in"},
+		},
+	},
+	{
 		"nothing captured",
 		[]testbed.PodMutator{testbed.Annotate(includeRanges, ""), testbed.Annotate(includeInbound, ""), testbed.Annotate(includePorts, "*")},
 		[]ruleCase{
@@ -222,10 +249,7 @@ var ruleCases = []struct {
 }
 
 // notServed are the rules that eBPF does not serve, or that nothing reaches.
-var notServed = []redirect.Rule{
-	redirect.RuleOutExcludeInterface, redirect.RuleInReroute, redirect.RuleInExcludeInterface,
-	redirect.RuleOutProxyGIDLocal,
-}
+var notServed = []redirect.Rule{redirect.RuleInReroute, redirect.RuleOutProxyGIDLocal}
 
 // TestPrivilegedRules has a flow for every rule of sections 4 and 5, and looks
 // at all that can be seen of it, down to the rule's counter.
@@ -277,6 +301,9 @@ func (rc ruleCase) test(t *testing.T, p *pod, c *cast, form string) {
 		spec.Family = 6
 	}
 	flow := redirect.Flow{Dst: spec.Dst, Src: spec.Bind.Addr(), PodAddrs: p.AllAddrs()}
+	if rc.listener == "world" {
+		flow.Interface = "eth0"
+	}
 	x := want{listener: rc.listener, dst: spec.Dst, from: own}
 	if rc.who == "world" {
 		flow.Direction, flow.Interface = redirect.Inbound, "eth0"

@@ -209,6 +209,42 @@ func TestPrivilegedTaggedReset(t *testing.T) {
 	})
 }
 
+// TestPrivilegedExcludedTagged: where eth0 is excluded, a frame with another
+// network's tag is not eth0's; a priority tag, and none at all, are.
+func TestPrivilegedExcludedTagged(t *testing.T) {
+	begin(t)
+	eachTC(t, func(t *testing.T, n *node) {
+		p := n.redirect(t, testbed.NewPod(t), append(slices.Clone(twinPolicy), testbed.Annotate(excludeInterfaces, "eth0"))...)
+		p.StartApp(t, 8080)
+		w := newWire(t, p)
+		port := uint16(7000)
+		for _, own := range p.AllAddrs() {
+			for _, tags := range [][]uint16{nil, {0}, {0x6000}} {
+				port++
+				d := w.dialogueTo(at(own, 8080), port)
+				d.wrap.vlan = tags
+				if s, err := d.shake(); err != nil || s.Listener != "app" {
+					t.Errorf("%v, tags %v: served by %+v, %v", own, tags, s, err)
+				}
+				d.abort()
+			}
+			for _, tags := range [][]uint16{{5}, {0x6005}} {
+				port++
+				d := w.dialogueTo(at(own, 8080), port)
+				d.wrap.vlan = tags
+				d.send(d.segment(syn, ""))
+				if r, ok := d.receive(patience, between(d.src, d.dst, rst)); !ok || !r.valid {
+					t.Errorf("%v, tags %v: answered by %+v, %v", own, tags, r, ok)
+				}
+			}
+		}
+		p.expectFailures(t, bpf.ShuntPlacePLACE_LISTENER_NONE)
+		if n := p.rules(t)[redirect.RuleInExcludeInterface]; n != 6 {
+			t.Errorf("%d connections were counted as excluded, want 6", n)
+		}
+	})
+}
+
 // TestPrivilegedFragments: a SYN in fragments does not reach the app, whatever
 // they hide; sk_lookup serves it. Fragments of a connection's later segments are
 // put together as ever.

@@ -129,7 +129,9 @@ func (b *Backend) Apply(ctx context.Context, t redirect.Target, p *redirect.Poli
 	}
 	if r.TProxy {
 		if before != nil && before.TProxy {
-			r.Sysctls = before.Sysctls
+			if r.Sysctls, err = n.tproxy(n.families()).Before(before.Sysctls); err != nil {
+				return err
+			}
 		} else if r.Sysctls, err = n.tproxy(n.families()).Sysctls(); err != nil {
 			return err
 		}
@@ -140,7 +142,7 @@ func (b *Backend) Apply(ctx context.Context, t redirect.Target, p *redirect.Poli
 	defer func() {
 		switch {
 		case err == nil:
-		case before != nil && before.Done:
+		case before != nil && before.Done && !before.Kept:
 			err = errors.Join(err, b.writeRecord(before))
 		default:
 			err = errors.Join(err, b.undo(ctx, n, r))
@@ -300,16 +302,17 @@ func (b *Backend) Knows(a redirect.Attachment) bool {
 
 // Remove undoes Apply. Where the namespace is gone, the rules went with it.
 func (b *Backend) Remove(ctx context.Context, a redirect.Attachment) error {
-	return b.remove(ctx, a, false)
+	return b.remove(ctx, a, false, false)
 }
 
 // Yield is Remove for a pod that another backend redirects by now: what they
-// share stays, which is ::6 on lo.
-func (b *Backend) Yield(ctx context.Context, a redirect.Attachment) error {
-	return b.remove(ctx, a, true)
+// share stays, which is ::6 on lo; and where the pod runs, until Remove, what its
+// connections need that are redirected already.
+func (b *Backend) Yield(ctx context.Context, a redirect.Attachment, running bool) error {
+	return b.remove(ctx, a, true, running)
 }
 
-func (b *Backend) remove(ctx context.Context, a redirect.Attachment, yield bool) error {
+func (b *Backend) remove(ctx context.Context, a redirect.Attachment, yield, running bool) error {
 	if r, err := readRecord(b.recordPath(a)); r == nil && err == nil {
 		return nil // and make no lock for it
 	}
@@ -319,7 +322,7 @@ func (b *Backend) remove(ctx context.Context, a redirect.Attachment, yield bool)
 	}
 	defer unlock()
 	r, err := readRecord(b.recordPath(a))
-	if err != nil || r == nil {
+	if err != nil || r == nil || yield && r.Kept {
 		return err
 	}
 	n, err := r.open()
@@ -336,6 +339,9 @@ func (b *Backend) remove(ctx context.Context, a redirect.Attachment, yield bool)
 	others, err := b.shared(r)
 	if err != nil {
 		return err
+	}
+	if !others && running {
+		return b.abandon(ctx, n, r)
 	}
 	if !others {
 		gone := *r
@@ -354,7 +360,7 @@ func (b *Backend) Check(ctx context.Context, t redirect.Target) error {
 	if err != nil {
 		return err
 	}
-	if r == nil {
+	if r == nil || r.Kept {
 		return fmt.Errorf("%w by iptables for %s@%s", redirect.ErrNotProgrammed, t.ContainerID, t.IfName)
 	}
 	n, err := openNamespace(t.Netns)

@@ -44,6 +44,9 @@ type record struct {
 	// IPv4 and IPv6 are the rules as they were applied; empty for a family
 	// that the pod does not have.
 	IPv4, IPv6 string
+	// Kept: another backend redirects the pod by now, and of the rules is left what
+	// the connections need that these have redirected.
+	Kept bool `json:",omitempty"`
 	// Done: Apply came to its end. Until then any part may be missing.
 	Done bool
 }

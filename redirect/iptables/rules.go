@@ -46,6 +46,7 @@ const (
 	chainInvalid = prefix + "INVALID"  // mangle: INVALID_DROP
 	chainZoneOut = prefix + "ZONE_OUT" // raw: conntrack zones of DNS over UDP
 	chainZoneIn  = prefix + "ZONE_IN"
+	chainKeep    = prefix + "KEEP" // nat: see keep
 )
 
 // The conntrack zones of DNS over UDP. A datagram belongs to whatever earlier

@@ -76,7 +76,8 @@ type Chain struct {
 func (c Chain) String() string { return fmt.Sprintf("%v %s %s", c.Family, c.Table, c.Name) }
 
 // Status looks at every attachment that has a record; what could be told is told
-// with an error too. It changes nothing.
+// with an error too. It changes nothing. Pods that another backend redirects by now
+// are left out.
 //
 // The kernel says whether the chains are there, without any program's help; of
 // iptables-legacy it says only whether there is any table. Of the pods that closely
@@ -86,6 +87,9 @@ func (b *Backend) Status(ctx context.Context, closely func(redirect.PodRef) bool
 	records, err := b.records()
 	errs := []error{err}
 	for _, r := range records {
+		if r.Kept {
+			continue // another backend redirects the pod
+		}
 		st, err := b.lookSettled(ctx, r, closely != nil && closely(r.Pod))
 		if err != nil {
 			errs = append(errs, fmt.Errorf("attachment %s@%s: %w", r.ContainerID, r.IfName, err))

@@ -1,0 +1,274 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/*
+ * What the kernel itself knows of a pod's interfaces and addresses at the moment.
+ * Included in shunt.bpf.c, whose maps and types it shares.
+ *
+ * The hooks have no look-up of routes. By which interface a connection leaves is
+ * certain only where the pod has two in all that are up, lo and one other: what is
+ * the pod's own goes by lo, everything else by the other. Interfaces, their names and
+ * addresses come and go: where it is not so any more, nothing is excluded.
+ */
+#pragma once
+
+// Of a netns' interfaces so many are looked at: lo, the pod's, and those, down,
+// that modules for tunnels leave in every netns.
+#define INTERFACES 16
+#define ADDRESSES 16 // of an interface and a family
+#define IFF_UP 1
+
+// What find_ways finds.
+struct ways {
+	__u32 lo;      // lo's index, if it has its name
+	__u32 pods;    // the pod's other interface's, if it is there by its name
+	__u32 others;  // how many others are up
+	__u32 holder;  // the index of the interface that has the address; 0: none
+};
+
+static __always_inline bool is_named(struct net_device *dev, const __u8 *name)
+{
+	__u64 is[2] = {}, want[2];
+
+	// Behind its end there may be the rest of an earlier, longer one.
+	bpf_probe_read_kernel_str(is, sizeof(is), __builtin_preserve_access_index(&dev->name));
+	__builtin_memcpy(want, name, sizeof(want));
+	return is[0] == want[0] && is[1] == want[1];
+}
+
+static __always_inline bool is_named_lo(struct net_device *dev)
+{
+	__u8 lo[16] = "lo";
+
+	return is_named(dev, lo);
+}
+
+// holds reports whether an interface has an address.
+__noinline int holds(__u64 interface, const struct addr *a)
+{
+	struct net_device *dev = (struct net_device *)interface;
+	struct inet6_ifaddr *ifa6 = 0;
+	struct list_head *head, *at;
+	struct inet6_dev *in6 = 0;
+	struct in_ifaddr *ifa = 0;
+	struct in_device *in = 0;
+	struct addr has;
+
+	if (!dev || !a)
+		return false;
+	if (is_mapped(a)) {
+		if (!bpf_core_field_exists(dev->ip_ptr) || !bpf_core_field_exists(in->ifa_list) ||
+		    !bpf_core_field_exists(ifa->ifa_local) || !bpf_core_field_exists(ifa->ifa_next))
+			return -ENOSYS;
+		in = BPF_CORE_READ(dev, ip_ptr);
+		ifa = in ? BPF_CORE_READ(in, ifa_list) : 0;
+		for (int i = 0; i < ADDRESSES && ifa; i++) {
+			if (BPF_CORE_READ(ifa, ifa_local) == a->w[3])
+				return true;
+			ifa = BPF_CORE_READ(ifa, ifa_next);
+		}
+		return ifa ? -E2BIG : false;
+	}
+	if (!bpf_core_field_exists(dev->ip6_ptr) || !bpf_core_field_exists(in6->addr_list) ||
+	    !bpf_core_field_exists(ifa6->addr) || !bpf_core_field_exists(ifa6->if_list))
+		return -ENOSYS;
+	in6 = BPF_CORE_READ(dev, ip6_ptr);
+	if (!in6)
+		return false;
+	head = __builtin_preserve_access_index(&in6->addr_list);
+	at = BPF_CORE_READ(in6, addr_list.next);
+	for (int i = 0; i < ADDRESSES && at != head; i++) {
+		ifa6 = (void *)at - bpf_core_field_offset(struct inet6_ifaddr, if_list);
+		bpf_probe_read_kernel(&has, sizeof(has), __builtin_preserve_access_index(&ifa6->addr));
+		if (same(&has, a))
+			return true;
+		at = BPF_CORE_READ(ifa6, if_list.next);
+	}
+	return at == head ? false : -E2BIG;
+}
+
+// find_ways goes through the interfaces. It fails unless there are these two and no
+// others, and with -E2BIG, -ENOENT or -ENOSYS where what it has found is not all.
+__noinline int find_ways(__u64 cookie, __u64 address, const struct pod *pod, const struct addr *a, struct ways *w)
+{
+	struct net *net = (struct net *)address;
+	struct net_device *dev = 0;
+	struct list_head *head, *at;
+	__u32 ifindex;
+	int has;
+
+	if (!pod || !a || !w)
+		return -EINVAL;
+	if (!bpf_core_field_exists(net->dev_base_head) || !bpf_core_field_exists(dev->dev_list) ||
+	    !bpf_core_field_exists(dev->name) || !bpf_core_field_exists(dev->flags) || !bpf_core_field_exists(dev->ifindex))
+		return -ENOSYS;
+	if (!net || BPF_CORE_READ(net, net_cookie) != cookie)
+		return -ENOENT;
+	head = __builtin_preserve_access_index(&net->dev_base_head);
+	at = BPF_CORE_READ(net, dev_base_head.next);
+	for (int i = 0; i < INTERFACES && at != head; i++) {
+		dev = (void *)at - bpf_core_field_offset(struct net_device, dev_list);
+		at = BPF_CORE_READ(dev, dev_list.next);
+		if (!(BPF_CORE_READ(dev, flags) & IFF_UP))
+			continue; // no route leads by it, and its addresses are nobody's
+		ifindex = BPF_CORE_READ(dev, ifindex);
+		if (ifindex == LOOPBACK_IFINDEX) {
+			if (is_named_lo(dev))
+				w->lo = ifindex;
+		} else if (is_named(dev, pod->interface)) {
+			w->pods = ifindex;
+		} else {
+			w->others++;
+		}
+		has = holds((__u64)dev, a);
+		if (has < 0)
+			return has;
+		if (has)
+			w->holder = ifindex;
+	}
+	if (at != head)
+		return -E2BIG;
+	if (w->others)
+		return -ENOTUNIQ;
+	return w->lo && w->pods ? 0 : -ENODEV;
+}
+
+static __always_inline bool is_whole(int err)
+{
+	return err != -E2BIG && err != -ENOENT && err != -ENOSYS && err != -EINVAL;
+}
+
+static __always_inline __u32 generation(const struct net *net, enum family f)
+{
+	if (!bpf_core_field_exists(net->ipv4.dev_addr_genid))
+		return 0;
+	if (f == FAMILY4)
+		return BPF_CORE_READ(net, ipv4.dev_addr_genid.counter);
+	return bpf_core_field_exists(net->ipv6.dev_addr_genid) ? BPF_CORE_READ(net, ipv6.dev_addr_genid.counter) : 0;
+}
+
+// have_changed reports whether addresses have come or gone since ADD: then dests
+// doesn't say any more which are the pod's own.
+static __always_inline bool have_changed(const struct pod_state *c)
+{
+	struct net *net = (struct net *)c->net;
+
+	return net && (generation(net, FAMILY4) != c->generation[FAMILY4] || generation(net, FAMILY6) != c->generation[FAMILY6]);
+}
+
+// is_own reports whether an address is the pod's own now.
+__noinline int is_own(__u64 cookie, const struct addr *a)
+{
+	struct pod_state *c;
+	struct ways w = {};
+	struct pod *pod;
+
+	if (!a)
+		return false;
+	if (is_loopback(a))
+		return true;
+	c = bpf_map_lookup_elem(&states, &cookie);
+	pod = bpf_map_lookup_elem(&pods, &cookie);
+	if (c && pod && have_changed(c) && is_whole(find_ways(cookie, c->net, pod, a, &w)))
+		return w.holder != 0;
+	return is_local(cookie, a);
+}
+
+// renew has a flow know what its destination is now.
+static __always_inline void renew(__u64 cookie, struct flow *f)
+{
+	if (is_loopback(&f->dst))
+		return;
+	if (is_own(cookie, &f->dst))
+		f->dest |= DEST_LOCAL;
+	else
+		f->dest &= ~DEST_LOCAL;
+}
+
+// by_excluded is leaves_excluded, where a negative number says that the way is
+// not certain.
+static __always_inline long by_excluded(__u64 cookie, const struct pod *pod, const struct flow *f, __u32 bound)
+{
+	struct pod_state *c = bpf_map_lookup_elem(&states, &cookie);
+	struct ways w = {};
+	bool by_lo;
+	int err;
+
+	err = c ? find_ways(cookie, c->net, pod, &f->dst, &w) : -ENOENT;
+	if (!is_whole(err))
+		return err;
+	if (bound == LOOPBACK_IFINDEX)
+		by_lo = true;
+	else if (!bound)
+		by_lo = f->local || w.holder || f->marked;
+	else if (bound == w.pods)
+		by_lo = w.holder && w.holder != LOOPBACK_IFINDEX; // what is at lo has no route by another
+	else
+		return false; // by one that came later
+	if (by_lo)
+		return w.lo && (pod->flags & POD_EXCLUDE_LO);
+	if (!(pod->flags & POD_EXCLUDE_IF))
+		return false;
+	return err ? err : true;
+}
+
+// leaves_excluded is [out-exclude-interface]. bound is the interface that the
+// socket is bound to, or 0.
+__noinline int leaves_excluded(__u64 cookie, const struct pod *pod, const struct flow *f, __u32 bound)
+{
+	long yes;
+
+	if (!pod || !f)
+		return false;
+	yes = by_excluded(cookie, pod, f, bound);
+	if (yes < 0)
+		failed(cookie, PLACE_INTERFACES, yes);
+	return yes > 0;
+}
+
+// arrives_excluded is [in-exclude-interface].
+__noinline int arrives_excluded(__u64 cookie, const struct pod *pod, __u32 ifindex)
+{
+	struct pod_state *c = bpf_map_lookup_elem(&states, &cookie);
+	struct addr none = {};
+	struct ways w = {};
+	int err;
+
+	if (!pod)
+		return false;
+	err = c ? find_ways(cookie, c->net, pod, &none, &w) : -ENOENT;
+	if (!w.pods)
+		failed(cookie, PLACE_INTERFACES, err);
+	return w.pods && w.pods == ifindex;
+}
+
+// At ADD, on a thread in the pod's netns, by BPF_PROG_TEST_RUN, which gives the
+// packet the netns' lo: notes where the netns is, for programs that can't learn
+// that, and says, by errno, whether the two ways can be told apart there, if that is
+// needed. It is attached to nothing.
+SEC("tc")
+int shunt_look(struct __sk_buff *skb)
+{
+	struct net *net = BPF_CORE_READ((struct sk_buff *)skb, dev, nd_net.net);
+	__u64 cookie = BPF_CORE_READ(net, net_cookie);
+	struct addr none = { { 0, 0, MAPPED_WORD, 0 } }, none6 = {};
+	struct ways w = {};
+	struct pod_state *c;
+	struct pod *pod;
+	int err;
+
+	pod = bpf_map_lookup_elem(&pods, &cookie);
+	c = bpf_map_lookup_elem(&states, &cookie);
+	if (!pod || !c)
+		return ENOENT;
+	c->generation[FAMILY4] = generation(net, FAMILY4);
+	c->generation[FAMILY6] = generation(net, FAMILY6);
+	c->net = (__u64)net;
+	if (!(pod->flags & POD_EXCLUDE))
+		return 0;
+	// Nobody has the unspecified address: all are looked at.
+	err = find_ways(cookie, c->net, pod, &none, &w);
+	if (!err) {
+		w = (struct ways){};
+		err = find_ways(cookie, c->net, pod, &none6, &w);
+	}
+	return -err;
+}
