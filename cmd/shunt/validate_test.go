@@ -135,6 +135,12 @@ func TestPrivilegedValidate(t *testing.T) {
 				if err := os.Remove(links[0]); err != nil {
 					t.Fatal(err)
 				}
+				// The kernel lets go of a link in its own time.
+				testbed.Eventually(t, "the end of the link", func() bool {
+					return p.Start(t, testbed.ProcessSpec{
+						Argv: []string{public, "validate", "--timeout=1ms", "--family=6"}, UID: testbed.ProxyUID, GID: testbed.ProxyGID, Container: "istio-validation",
+					}).Wait(t) == exitMissing
+				})
 			} else {
 				p.Command(t, map[string]string{"iptables-nft": "ip6tables-nft", "iptables-legacy": "ip6tables-legacy"}[name], "-t", "nat", "-F")
 			}

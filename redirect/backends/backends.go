@@ -47,8 +47,9 @@ type Backends struct {
 	ebpf     backend
 	iptables backend
 	// yield is Remove of iptables, for a pod that eBPF redirects by now.
-	yield func(context.Context, redirect.Attachment) error
-	log   *slog.Logger
+	yield   func(context.Context, redirect.Attachment) error
+	foreign func(ctx context.Context, netns string) ([]string, error)
+	log     *slog.Logger
 }
 
 // New returns the backends of a node.
@@ -63,6 +64,7 @@ func New(opts Options) *Backends {
 		ebpf:     ebpf.New(loader.Options{BPFDir: opts.BPFDir, RunDir: opts.RunDir, Log: opts.Log}),
 		iptables: ipt,
 		yield:    ipt.Yield,
+		foreign:  ipt.Foreign,
 		log:      opts.Log,
 	}
 }
@@ -154,4 +156,10 @@ func (b *Backends) Ready(ctx context.Context, datapath string) (notEBPF *redirec
 	}
 	reason := ebpf.Reason(err)
 	return &reason, nil
+}
+
+// Foreign names what of others redirects connections in a network namespace: a
+// pod that Shunt knows nothing of may have been programmed by another.
+func (b *Backends) Foreign(ctx context.Context, netns string) ([]string, error) {
+	return b.foreign(ctx, netns)
 }
