@@ -97,11 +97,11 @@ type controller struct {
 func newController(opts Options, heal healer, m *metrics) *controller {
 	c := &controller{
 		Options: opts, heal: heal, metrics: m,
-		pods: newPods(opts.Client, opts.Node, opts.Log),
-		api:  &apiWriter{client: opts.Client, limit: flowcontrol.NewTokenBucketRateLimiter(opts.qps, opts.burst), timeout: opts.callTime},
+		pods:    newPods(opts.Client, opts.Node, opts.Log),
+		api:     &apiWriter{client: opts.Client, limit: flowcontrol.NewTokenBucketRateLimiter(opts.qps, opts.burst), timeout: opts.callTime},
 		queue:   workqueue.NewTypedDelayingQueue[key](),
 		backOff: workqueue.NewTypedItemExponentialFailureRateLimiter[key](opts.retryFirst, opts.retryMost),
-		done: map[types.UID]bool{}, failed: map[types.UID]string{}, found: map[types.UID]state{},
+		done:    map[types.UID]bool{}, failed: map[types.UID]string{}, found: map[types.UID]state{},
 	}
 	// What is done to pods does not wait for what is said of it.
 	say := *c.api
