@@ -14,8 +14,9 @@ import (
 	"os/exec"
 	"os/signal"
 	"path/filepath"
+	"runtime"
+	"slices"
 	"strings"
-	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -36,6 +37,22 @@ const (
 
 func TestMain(m *testing.M) {
 	if os.Getenv(asController) != "" {
+		if names := os.Getenv(asCapped); names != "" {
+			// The capabilities are a thread's: it becomes a program anew, by which
+			// all of its threads have the same.
+			runtime.LockOSThread()
+			var keep []int
+			for name := range strings.SplitSeq(names, ",") {
+				keep = append(keep, needed[name])
+			}
+			env := slices.DeleteFunc(os.Environ(), func(s string) bool { return strings.HasPrefix(s, asCapped+"=") })
+			err := confine(keep)
+			if err == nil {
+				err = syscall.Exec("/proc/self/exe", os.Args, env)
+			}
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
 		ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM)
 		p := usualPace
 		if os.Getenv(asPace) != "" {
@@ -52,13 +69,15 @@ func TestMain(m *testing.M) {
 // A command is a controller in a process of its own.
 type command struct {
 	*exec.Cmd
-	out lockedBuffer
+	out  lockedBuffer
+	done chan struct{} // closed when it has ended
+	err  error         // of Wait; read after done
 }
 
 // startCommand starts one; edit may change how.
 func startCommand(t *testing.T, kubeconfig, netconf string, edit func(*exec.Cmd), args ...string) *command {
 	t.Helper()
-	c := &command{Cmd: exec.Command("/proc/self/exe", append([]string{
+	c := &command{done: make(chan struct{}), Cmd: exec.Command("/proc/self/exe", append([]string{
 		"--kubeconfig", kubeconfig, "--netconf", netconf, "--node", testNode, "--log-level=debug",
 		"--metrics-address=127.0.0.1:0", "--health-address=127.0.0.1:0",
 	}, args...)...)}
@@ -70,12 +89,15 @@ func startCommand(t *testing.T, kubeconfig, netconf string, edit func(*exec.Cmd)
 	if err := c.Start(); err != nil {
 		t.Fatal(err)
 	}
-	done := sync.OnceFunc(func() { _ = c.Wait() })
+	go func() {
+		c.err = c.Wait()
+		close(c.done)
+	}()
 	t.Cleanup(func() {
 		_ = c.Process.Signal(syscall.SIGTERM)
 		timer := time.AfterFunc(patience, func() { _ = c.Process.Kill() })
 		defer timer.Stop()
-		done()
+		<-c.done
 		if t.Failed() {
 			t.Logf("a controller's output:\n%s", c.out.String())
 		}
@@ -89,7 +111,16 @@ func (c *command) kill(t *testing.T) {
 	if err := c.Process.Kill(); err != nil {
 		t.Fatal(err)
 	}
-	_ = c.Wait()
+	<-c.done
+}
+
+func (c *command) ended() bool {
+	select {
+	case <-c.done:
+		return true
+	default:
+		return false
+	}
 }
 
 // get asks one of its addresses.
@@ -199,8 +230,8 @@ func TestReady(t *testing.T) {
 	if err := c.Process.Signal(syscall.SIGTERM); err != nil {
 		t.Fatal(err)
 	}
-	if err := c.Wait(); err != nil {
-		t.Errorf("it ended by %v", err)
+	if <-c.done; c.err != nil {
+		t.Errorf("it ended by %v", c.err)
 	}
 }
 
