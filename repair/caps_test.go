@@ -5,6 +5,7 @@
 package repair
 
 import (
+	"errors"
 	"os/exec"
 	"slices"
 	"strings"
@@ -39,7 +40,7 @@ func confine(keep []int) error {
 			data[c/32].Effective |= 1 << (c % 32)
 			continue
 		}
-		if err := unix.Prctl(unix.PR_CAPBSET_DROP, uintptr(c), 0, 0, 0); err != nil && err != unix.EINVAL { //nolint:errorlint // an errno
+		if err := unix.Prctl(unix.PR_CAPBSET_DROP, uintptr(c), 0, 0, 0); err != nil && !errors.Is(err, unix.EINVAL) {
 			return err
 		}
 	}

@@ -324,7 +324,7 @@ func TestPrivilegedSweep(t *testing.T) {
 			}
 			// The sandbox ends, and its DEL is lost.
 			fakekube.Remove[*corev1.Pod](b.kube, p.Namespace, p.Name)
-			b.cri.remove(p.ContainerID)
+			b.cri.remove(p.ContainerID) // the other's is there still
 			eventually(t, "what was programmed to go", func() bool { return len(b.left(t, p)) == 0 })
 		})
 	}
