@@ -49,7 +49,8 @@ type Backends struct {
 	iptables backend
 	// yield is Remove of iptables, for a pod that eBPF redirects by now and that
 	// may be running.
-	yield func(ctx context.Context, a redirect.Attachment, running bool) error
+	yield   func(ctx context.Context, a redirect.Attachment, running bool) error
+	foreign func(ctx context.Context, netns string) ([]string, error)
 	// What Status asks.
 	node  loader.Options
 	rules *iptables.Backend
@@ -69,6 +70,7 @@ func New(opts Options) *Backends {
 		ebpf:     ebpf.New(node),
 		iptables: ipt,
 		yield:    ipt.Yield,
+		foreign:  ipt.Foreign,
 		node:     node,
 		rules:    ipt,
 		log:      opts.Log,
@@ -166,4 +168,10 @@ func (b *Backends) Ready(ctx context.Context, datapath string) (notEBPF *redirec
 	}
 	reason := ebpf.Reason(err)
 	return &reason, nil
+}
+
+// Foreign names what of others redirects connections in a network namespace: a
+// pod that Shunt knows nothing of may have been programmed by another.
+func (b *Backends) Foreign(ctx context.Context, netns string) ([]string, error) {
+	return b.foreign(ctx, netns)
 }
