@@ -1,0 +1,84 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package install
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"shunt.dev/shunt/redirect"
+)
+
+const (
+	agentFile  = "agent"        // which DaemonSet the agent is, for the plugin
+	socketFile = "agent.sock"   // where the agent answers the plugin
+	lockFile   = "install.lock" // held by who installs or uninstalls
+)
+
+// prepareRunDir makes the directory, and refuses one that others could put their
+// own files into: the plugin, root, goes by what is in it.
+func prepareRunDir(dir string) error {
+	if err := os.MkdirAll(filepath.Dir(dir), 0o755); err != nil {
+		return explain(err)
+	}
+	if err := os.Mkdir(dir, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
+		return explain(err)
+	}
+	st, err := os.Lstat(dir)
+	if err != nil {
+		return explain(err)
+	}
+	switch a := attributesOf(st); {
+	case st.Mode()&fs.ModeSymlink != 0:
+		return fmt.Errorf("%s is a symbolic link: expected a directory, which nobody can have lead elsewhere", dir)
+	case !st.IsDir():
+		return fmt.Errorf("%s is not a directory", dir)
+	case a.uid != os.Geteuid():
+		return fmt.Errorf("%s belongs to user %d: expected %d", dir, a.uid, os.Geteuid())
+	case a.mode&0o022 != 0:
+		return fmt.Errorf("%s can be written by others (mode %#o): look who has made it so, then chmod 0700", dir, a.mode)
+	case a.mode != 0o700:
+		// As the kubelet makes the directory of a volume.
+		return explain(os.Chmod(dir, 0o700))
+	}
+	return nil
+}
+
+func writeAgent(dir string, a redirect.AgentRef) (changed bool, err error) {
+	return put(filepath.Join(dir, agentFile), []byte(a.Namespace+"/"+a.DaemonSet+"\n"), 0o600)
+}
+
+// lock keeps other installers of the node out: two agents, as an upgrade may
+// have them for a while, and who uninstalls by hand. The kernel releases it
+// when the process ends.
+func lock(ctx context.Context, runDir string) (release func(), err error) {
+	path := filepath.Join(runDir, lockFile)
+	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW, 0o600)
+	if err != nil {
+		return nil, explain(err)
+	}
+	for {
+		err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		if err == nil {
+			return func() { f.Close() }, nil
+		}
+		if !errors.Is(err, unix.EWOULDBLOCK) && !errors.Is(err, syscall.EINTR) {
+			f.Close()
+			return nil, &fs.PathError{Op: "lock", Path: path, Err: err}
+		}
+		select {
+		case <-ctx.Done():
+			f.Close()
+			return nil, fmt.Errorf("wait for %s, held by another shunt process: %w", path, context.Cause(ctx))
+		case <-time.After(50 * time.Millisecond):
+		}
+	}
+}
