@@ -15,12 +15,22 @@ import (
 // records and links. The kernel releases it when the process ends, however it
 // ends. It waits until ctx is done.
 func lock(ctx context.Context, path string) (func(), error) {
-	f, err := unix.Open(path, unix.O_CREAT|unix.O_RDWR|unix.O_CLOEXEC|unix.O_NOFOLLOW, 0o600)
+	return flock(ctx, path, unix.O_CREAT|unix.O_RDWR, unix.LOCK_EX)
+}
+
+// lockToRead takes the node's lock together with others who only read. It makes
+// no lock: where there is none the error is fs.ErrNotExist.
+func lockToRead(ctx context.Context, path string) (func(), error) {
+	return flock(ctx, path, unix.O_RDONLY, unix.LOCK_SH)
+}
+
+func flock(ctx context.Context, path string, mode, how int) (func(), error) {
+	f, err := unix.Open(path, mode|unix.O_CLOEXEC|unix.O_NOFOLLOW, 0o600)
 	if err != nil {
 		return nil, fmt.Errorf("open the node's lock: %w", &fs.PathError{Op: "open", Path: path, Err: err})
 	}
 	release := func() { _ = unix.Close(f) }
-	err = unix.Flock(f, unix.LOCK_EX|unix.LOCK_NB)
+	err = unix.Flock(f, how|unix.LOCK_NB)
 	if err == nil {
 		return release, nil
 	}
@@ -32,7 +42,7 @@ func lock(ctx context.Context, path string) (func(), error) {
 	done := make(chan error, 1)
 	go func() {
 		for {
-			err := unix.Flock(f, unix.LOCK_EX)
+			err := unix.Flock(f, how)
 			if !errors.Is(err, unix.EINTR) {
 				done <- err
 				return

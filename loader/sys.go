@@ -220,6 +220,22 @@ func createLink(prog, target fd, attach ebpf.AttachType) (fd, error) {
 	return fd(f), nil
 }
 
+// query lists the programs that are attached to a cgroup or network namespace
+// itself, in the order in which they run.
+func query(target fd, attach ebpf.AttachType) ([]uint32, error) {
+	ids := make([]uint32, 64) // a cgroup holds no more (BPF_CGROUP_MAX_PROGS)
+	attr := struct {
+		target, attach, flags, attachFlags uint32
+		ids                                unsafe.Pointer
+		count, _                           uint32
+		_                                  [4]uint64
+	}{target: uint32(target), attach: uint32(attach), ids: unsafe.Pointer(unsafe.SliceData(ids)), count: uint32(len(ids))}
+	if _, err := syscallBPF(unix.BPF_PROG_QUERY, unsafe.Pointer(&attr), unsafe.Sizeof(attr)); err != nil {
+		return nil, err
+	}
+	return ids[:attr.count], nil
+}
+
 // detach takes a link off its target, which may be gone already.
 func (f fd) detach() error {
 	attr := struct{ fd uint32 }{uint32(f)}

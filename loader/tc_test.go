@@ -227,7 +227,7 @@ func TestPrivilegedErrors(t *testing.T) {
 // Each place has its sentence.
 func TestPlaces(t *testing.T) {
 	for p := bpf.ShuntPlacePLACE_NONE + 1; p < bpf.ShuntPlacePLACE_COUNT; p++ {
-		if places[p] == "" {
+		if places[p].text == "" {
 			t.Errorf("place %d has none", p)
 		}
 	}

@@ -4,11 +4,9 @@ package main
 
 import (
 	"cmp"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
-	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -19,6 +17,7 @@ import (
 	"shunt.dev/shunt/internal/netconf"
 	"shunt.dev/shunt/loader"
 	"shunt.dev/shunt/redirect"
+	"shunt.dev/shunt/redirect/iptables"
 )
 
 // network is the name under which this command's own attachments are recorded.
@@ -69,7 +68,7 @@ type attached struct {
 	network  string
 	pod      redirect.PodRef
 	ebpf     *loader.Record
-	iptables *iptablesRecord
+	iptables *iptables.Record
 }
 
 func (a *attached) String() string { return a.ContainerID + "@" + a.IfName }
@@ -88,21 +87,8 @@ func (a *attached) by() string {
 
 // in says whether the attachment is one of a network namespace.
 func (a *attached) in(n namespace) bool {
-	same := func(inode, cookie uint64) bool { return inode == n.inode && cookie == n.cookie }
-	return a.ebpf != nil && same(uint64(a.ebpf.NetnsIno), a.ebpf.Cookie) ||
-		a.iptables != nil && same(a.iptables.Inode, a.iptables.Cookie) && a.iptables.Boot == loader.BootID()
-}
-
-// An iptablesRecord is what is read of a record in runDir/iptables, whose
-// writer is package redirect/iptables.
-type iptablesRecord struct {
-	redirect.Attachment
-	Network       string
-	Pod           redirect.PodRef
-	Netns         string
-	Inode, Cookie uint64
-	Boot          string
-	IPv4, IPv6    string
+	return a.ebpf != nil && uint64(a.ebpf.NetnsIno) == n.inode && a.ebpf.Cookie == n.cookie ||
+		a.iptables != nil && a.iptables.Of(n.inode, n.cookie)
 }
 
 // findAttached lists what the node's records know, sorted.
@@ -121,22 +107,11 @@ func findAttached(conf *netconf.Config) ([]*attached, error) {
 	for _, r := range records {
 		at(redirect.Attachment(r.ID), r.Network, redirect.PodRef(r.Pod)).ebpf = r
 	}
-	paths, err := filepath.Glob(filepath.Join(conf.RunDir, "iptables", "*.json"))
+	rules, err := iptables.Records(conf.RunDir)
 	if err != nil {
 		return nil, err
 	}
-	for _, path := range paths {
-		data, err := os.ReadFile(path)
-		if errors.Is(err, fs.ErrNotExist) {
-			continue // gone meanwhile
-		}
-		r := new(iptablesRecord)
-		if err == nil {
-			err = json.Unmarshal(data, r)
-		}
-		if err != nil {
-			return nil, fmt.Errorf("read the attachment's record %s: %w", path, err)
-		}
+	for _, r := range rules {
 		at(r.Attachment, r.Network, r.Pod).iptables = r
 	}
 	all := make([]*attached, 0, len(found))

@@ -25,7 +25,7 @@ var buildVersion = "dev"
 const (
 	exitFailed  = 1
 	exitUsage   = 2 // bad usage or input
-	exitDiffers = 6 // check: not as it should be
+	exitDiffers = 6 // check: not as it should be; status: something is wrong
 )
 
 // An exitError ends the command with a status of its own.
@@ -111,7 +111,7 @@ verb's own.`,
 		RunE:          func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
 	root.AddCommand(
-		newProbeCmd(), newExplainCmd(), newRenderCmd(),
+		newProbeCmd(), newExplainCmd(), newRenderCmd(), newStatusCmd(),
 		newApplyCmd(), newCheckCmd(), newRemoveCmd(),
 		newVersionCmd(),
 	)

@@ -48,6 +48,9 @@ type Backends struct {
 	iptables backend
 	// yield is Remove of iptables, for a pod that eBPF redirects by now.
 	yield func(context.Context, redirect.Attachment) error
+	// What Status asks.
+	node  loader.Options
+	rules *iptables.Backend
 	log   *slog.Logger
 }
 
@@ -59,10 +62,13 @@ func New(opts Options) *Backends {
 	ipt := iptables.New(iptables.Options{
 		RunDir: opts.RunDir, Mode: opts.Iptables, Path: opts.IptablesPath, Timeout: opts.IptablesTimeout, Log: opts.Log,
 	})
+	node := loader.Options{BPFDir: opts.BPFDir, RunDir: opts.RunDir, Log: opts.Log}
 	return &Backends{
-		ebpf:     ebpf.New(loader.Options{BPFDir: opts.BPFDir, RunDir: opts.RunDir, Log: opts.Log}),
+		ebpf:     ebpf.New(node),
 		iptables: ipt,
 		yield:    ipt.Yield,
+		node:     node,
+		rules:    ipt,
 		log:      opts.Log,
 	}
 }

@@ -205,6 +205,11 @@ func (b *Backend) ofMode(ctx context.Context, m Mode) (*tools, error) {
 	if t, err := b.tools(ctx); err == nil && t.Mode == m {
 		return t, nil
 	}
+	return b.named(ctx, m)
+}
+
+// named finds the programs of a mode by their names. It keeps nothing.
+func (b *Backend) named(ctx context.Context, m Mode) (*tools, error) {
 	t, err := b.find("-" + string(m))
 	if err == nil {
 		t.Mode = m

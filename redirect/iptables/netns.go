@@ -228,24 +228,34 @@ func (n *namespace) traces() (t traces, err error) {
 }
 
 // nftChains asks nf_tables whether it has a chain of ours; where there is no
-// telling, it may have. It reads only, and it waits for nobody.
+// telling, it may have.
 func nftChains() bool {
+	some := false
+	err := eachNFTChain(func(unix.Nfgenmsg, string, string) { some = true })
+	return some || err != nil
+}
+
+// eachNFTChain gives our chains in nf_tables: the message's head, which has the
+// family, the table and the name. It reads only, and it waits for nobody.
+func eachNFTChain(fn func(head unix.Nfgenmsg, table, chain string)) error {
 	s, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.NETLINK_NETFILTER)
+	if errors.Is(err, unix.EPROTONOSUPPORT) {
+		return nil
+	}
 	if err != nil {
-		return !errors.Is(err, unix.EPROTONOSUPPORT)
+		return fmt.Errorf("open a netfilter socket: %w", err)
 	}
 	defer unix.Close(s)
 	_ = unix.SetsockoptTimeval(s, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Sec: 5})
 	const (
-		getChain  = unix.NFNL_SUBSYS_NFTABLES<<8 | unix.NFT_MSG_GETCHAIN
-		nfgenmsg  = 4 // family (0: any), version, resource id
-		chainName = unix.NFTA_CHAIN_NAME
+		getChain   = unix.NFNL_SUBSYS_NFTABLES<<8 | unix.NFT_MSG_GETCHAIN
+		sizeofHead = int(unsafe.Sizeof(unix.Nfgenmsg{}))
 	)
-	q := make([]byte, unix.SizeofNlMsghdr+nfgenmsg)
+	q := make([]byte, unix.SizeofNlMsghdr+sizeofHead) // of any family
 	h := (*unix.NlMsghdr)(unsafe.Pointer(unsafe.SliceData(q)))
 	*h = unix.NlMsghdr{Len: uint32(len(q)), Type: getChain, Flags: unix.NLM_F_REQUEST | unix.NLM_F_DUMP, Seq: 1}
 	if err := unix.Sendto(s, q, 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
-		return true
+		return fmt.Errorf("ask for chains: %w", err)
 	}
 	buf := make([]byte, 32<<10)
 	for {
@@ -254,39 +264,56 @@ func nftChains() bool {
 			continue
 		}
 		if err != nil {
-			return true
+			return fmt.Errorf("list chains: %w", err)
 		}
 		msgs, err := syscall.ParseNetlinkMessage(buf[:k])
 		if err != nil {
-			return true
+			return fmt.Errorf("list chains: %w", err)
 		}
 		for _, m := range msgs {
 			switch {
 			case m.Header.Flags&unix.NLM_F_DUMP_INTR != 0:
-				return true
+				return errDumpInterrupted
 			case m.Header.Type == unix.NLMSG_DONE:
-				return false
+				return nil
 			case m.Header.Type == unix.NLMSG_ERROR:
 				if len(m.Data) < 4 {
-					return true
+					return fmt.Errorf("list chains: %w", unix.EBADMSG)
 				}
 				// What a kernel without nf_tables answers.
 				errno := unix.Errno(-int32(binary.NativeEndian.Uint32(m.Data)))
-				return errno != unix.EINVAL && errno != unix.EOPNOTSUPP
+				if errno == unix.EINVAL || errno == unix.EOPNOTSUPP {
+					return nil
+				}
+				return fmt.Errorf("list chains: %w", errno)
 			}
-			for attrs := m.Data[min(nfgenmsg, len(m.Data)):]; len(attrs) >= unix.SizeofNlAttr; {
+			if len(m.Data) < sizeofHead {
+				return fmt.Errorf("list chains: %w", unix.EBADMSG)
+			}
+			head := *(*unix.Nfgenmsg)(unsafe.Pointer(unsafe.SliceData(m.Data)))
+			var table, name string
+			for attrs := m.Data[sizeofHead:]; len(attrs) >= unix.SizeofNlAttr; {
 				size, typ := int(binary.NativeEndian.Uint16(attrs)), binary.NativeEndian.Uint16(attrs[2:])
 				if size < unix.SizeofNlAttr || size > len(attrs) {
-					return true
+					return fmt.Errorf("list chains: %w", unix.EBADMSG)
 				}
-				if typ == chainName && ours(string(attrs[unix.SizeofNlAttr:size])) {
-					return true
+				switch value := attrs[unix.SizeofNlAttr:size]; typ {
+				case unix.NFTA_CHAIN_TABLE:
+					table = unix.ByteSliceToString(value)
+				case unix.NFTA_CHAIN_NAME:
+					name = unix.ByteSliceToString(value)
 				}
 				attrs = attrs[min((size+3)&^3, len(attrs)):]
+			}
+			if ours(name) {
+				fn(head, table, name)
 			}
 		}
 	}
 }
+
+// errDumpInterrupted: something changed while the kernel was listing.
+var errDumpInterrupted = errors.New("the list changed while it was read")
 
 // route is a handle for what netlink has to do in the namespace.
 func (n *namespace) route(fn func(h *netlink.Handle) error) error {

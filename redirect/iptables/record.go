@@ -218,13 +218,9 @@ func (b *Backend) lock(ctx context.Context, a redirect.Attachment) (func(), erro
 		b.held = -1
 		unix.Close(f)
 	}
-	// One byte of the file for each container; that two may have the same
-	// does no harm.
-	h := fnv.New32a()
-	_, _ = io.WriteString(h, a.ContainerID)
 	set := func(cmd int) error {
 		for {
-			err := unix.FcntlFlock(uintptr(f), cmd, &unix.Flock_t{Type: unix.F_WRLCK, Whence: io.SeekStart, Start: int64(h.Sum32()), Len: 1})
+			err := unix.FcntlFlock(uintptr(f), cmd, &unix.Flock_t{Type: unix.F_WRLCK, Whence: io.SeekStart, Start: lockPlace(a), Len: 1})
 			if !errors.Is(err, syscall.EINTR) {
 				return err
 			}
@@ -256,4 +252,12 @@ func (b *Backend) lock(ctx context.Context, a redirect.Attachment) (func(), erro
 		}()
 		return nil, fmt.Errorf("wait for %s, held by another shunt process: %w", path, context.Cause(ctx))
 	}
+}
+
+// lockPlace is the byte of the lock's file that stands for a container. That two
+// may have the same does no harm.
+func lockPlace(a redirect.Attachment) int64 {
+	h := fnv.New32a()
+	_, _ = io.WriteString(h, a.ContainerID)
+	return int64(h.Sum32())
 }

@@ -185,6 +185,12 @@ func (c *chain) add(why string, parts ...string) {
 // bracketed names a row as the semantics do.
 func bracketed(r redirect.Rule) string { return "[" + r.String() + "]" }
 
+// What rules are for that no row of the semantics has, though it counts by one.
+const (
+	whyTProxyHasIt = "TPROXY has it"                                          // in-include
+	whyMarked      = "the proxy, from the client's address, marked by itself" // out-passthrough
+)
+
 func to(port uint16) string {
 	return "-j REDIRECT --to-ports " + strconv.Itoa(int(port))
 }
@@ -201,7 +207,7 @@ func (b *builder) nat() table {
 	}
 	in := chain{name: chainIn}
 	if b.p.Mode == redirect.ModeTProxy {
-		in.add("TPROXY has it", "-m mark --mark "+mark, direct)
+		in.add(whyTProxyHasIt, "-m mark --mark "+mark, direct)
 	}
 	b.in(&in, direct, to(b.p.Proxy.OutboundPort), to(b.p.Proxy.InboundPort))
 	t.chains = append(t.chains, in)
@@ -225,7 +231,7 @@ func (b *builder) out() chain {
 		// Who may set a mark has NET_ADMIN: the proxy. To an address of the
 		// pod, and from the client's, it can't say otherwise that it means
 		// the app.
-		c.add("the proxy, from the client's address, marked by itself", "-o lo -m mark --mark "+mark, direct)
+		c.add(whyMarked, "-o lo -m mark --mark "+mark, direct)
 	}
 	// A pod that comes from eBPF has connections to its proxy of which
 	// iptables has not seen the beginning: connection tracking takes an answer
