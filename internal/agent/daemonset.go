@@ -44,6 +44,7 @@ type owner struct {
 	namespace, name string
 	node            string
 	log             *slog.Logger
+	ask, see        time.Duration // askTimeout and seeTimeout
 
 	mu      sync.Mutex
 	seen    bool              // it was there at some time
@@ -52,7 +53,10 @@ type owner struct {
 }
 
 func newOwner(client kubernetes.Interface, namespace, name, node string, log *slog.Logger) *owner {
-	return &owner{client: client, namespace: namespace, name: name, node: node, log: log, changed: make(chan struct{})}
+	return &owner{
+		client: client, namespace: namespace, name: name, node: node, log: log,
+		ask: askTimeout, see: seeTimeout, changed: make(chan struct{}),
+	}
 }
 
 // run watches the DaemonSet until ctx ends.
@@ -113,13 +117,13 @@ func (o *owner) seenGone() (gone bool, changed <-chan struct{}) {
 
 // verdict says whether the node is still to have the plugin, and why.
 func (o *owner) verdict(ctx context.Context) (verdict, string) {
-	ask, cancel := context.WithTimeout(ctx, askTimeout)
+	ask, cancel := context.WithTimeout(ctx, o.ask)
 	defer cancel()
 	set, err := o.client.AppsV1().DaemonSets(o.namespace).Get(ask, o.name, metav1.GetOptions{})
 	if err == nil {
 		return o.wanted(ask, set)
 	}
-	see, cancel := context.WithTimeout(ctx, seeTimeout)
+	see, cancel := context.WithTimeout(ctx, o.see)
 	defer cancel()
 	for {
 		gone, changed := o.seenGone()
