@@ -96,8 +96,9 @@ func warnOfKubeconfig(path string, log *slog.Logger) {
 // that ends it is printed by the protocol.
 const levelFatal = slog.LevelError + 4
 
-// newLog returns a logger of structured lines at a level of the contract.
-func newLog(w io.Writer, level string) *slog.Logger {
+// newLog returns a logger of structured lines at a level of the contract: on
+// standard error, and to the agent.
+func newLog(w, spool io.Writer, level string) *slog.Logger {
 	l := slog.LevelWarn
 	switch level {
 	case "panic", "fatal":
@@ -109,7 +110,8 @@ func newLog(w io.Writer, level string) *slog.Logger {
 	case "debug":
 		l = slog.LevelDebug
 	}
-	return slog.New(slog.NewTextHandler(w, &slog.HandlerOptions{Level: l}))
+	opts := &slog.HandlerOptions{Level: l}
+	return slog.New(slog.NewMultiHandler(slog.NewTextHandler(w, opts), slog.NewJSONHandler(spool, opts)))
 }
 
 // checkNetns fails unless path is a network namespace, and another than the

@@ -18,6 +18,7 @@ import (
 
 	"shunt.dev/shunt/internal/netconf"
 	"shunt.dev/shunt/internal/podfacts"
+	"shunt.dev/shunt/internal/spool"
 	"shunt.dev/shunt/loader"
 	"shunt.dev/shunt/redirect"
 	"shunt.dev/shunt/redirect/backends"
@@ -83,11 +84,13 @@ func newPlugin(path string) *plugin {
 	}
 }
 
-// newFacts returns the sources of pod facts, in the order of asking. The node
-// agent's socket (runDir/agent.sock) will be the first.
+// newFacts returns the sources of pod facts, in the order of asking.
 func newFacts(conf *netconf.Config, log *slog.Logger) factsSource {
 	return &podfacts.Fetcher{
-		Sources: []podfacts.Source{podfacts.NewAPIServer(conf.Kubeconfig, "shunt-cni/"+buildVersion)},
+		Sources: []podfacts.Source{
+			podfacts.NewAgent(conf.RunDir),
+			podfacts.NewAPIServer(conf.Kubeconfig, "shunt-cni/"+buildVersion),
+		},
 		Timeout: conf.PodFactsTimeout,
 		Log:     log,
 	}
@@ -114,6 +117,8 @@ func fail(code uint, format string, args ...any) error {
 type call struct {
 	conf  *netconf.Config
 	log   *slog.Logger
+	spool *spool.Writer
+	start time.Time
 	addrs []netip.Addr // the pod's, by prevResult
 	pod   podArgs
 	redirect.Attachment
@@ -122,6 +127,7 @@ type call struct {
 
 // read reads what ADD and CHECK are given (P1).
 func (p *plugin) read(command string, args *skel.CmdArgs) (*call, error) {
+	start := time.Now()
 	conf, err := netconf.Parse(args.StdinData)
 	if err != nil {
 		return nil, err
@@ -131,12 +137,34 @@ func (p *plugin) read(command string, args *skel.CmdArgs) (*call, error) {
 		return nil, err
 	}
 	c := &call{
-		conf: conf, addrs: addrs, pod: parseArgs(args.Args), netns: args.Netns,
+		conf: conf, start: start, addrs: addrs, pod: parseArgs(args.Args), netns: args.Netns, spool: spool.Open(conf.RunDir),
 		Attachment: redirect.Attachment{ContainerID: args.ContainerID, IfName: args.IfName},
 	}
-	c.log = newLog(p.stderr, conf.LogLevel).With("command", command,
-		"container", args.ContainerID, "interface", args.IfName, "pod", c.pod.String())
+	c.log = newLog(p.stderr, c.spool, conf.LogLevel).With(c.attrs(command)...)
 	return c, nil
+}
+
+// attrs are what each log line of the call says of it.
+func (c *call) attrs(command string) []any {
+	return []any{"command", command, "container", c.ContainerID, "interface", c.IfName, "pod", c.pod.String()}
+}
+
+// report tells the agent what came of an ADD, at whatever level the log is: its
+// metrics live by it.
+func (c *call) report(choice redirect.Choice, err error) {
+	s := spool.Setup{Backend: string(choice.Datapath), Result: spool.ResultOK, Seconds: time.Since(c.start).Seconds()}
+	if len(choice.Reasons) > 0 {
+		name := choice.Reasons[0].Name
+		s.Reason = string(name)
+		s.Fallback = choice.Datapath == redirect.Iptables && name != redirect.ReasonConfigured && name != redirect.ReasonAnnotation
+	}
+	log := slog.New(slog.NewJSONHandler(c.spool, nil)).With(c.attrs("ADD")...)
+	if err != nil {
+		s.Result = spool.ResultFailed
+		log.Error("pod was not set up", spool.SetupKey, s, "error", err)
+		return
+	}
+	log.Info("pod was set up", spool.SetupKey, s)
 }
 
 // early decides by P2 to P4. Nothing that it does can fail.
@@ -176,42 +204,51 @@ func (p *plugin) decide(ctx context.Context, c *call) (*redirect.Pod, *redirect.
 // add programs the pod and prints prevResult. It does one of the two things
 // that keep a pod from running beside its proxy: it programs, or it fails.
 func (p *plugin) add(args *skel.CmdArgs) error {
-	ctx := context.Background()
 	c, err := p.read("ADD", args)
 	if err != nil {
 		return err
 	}
+	defer c.spool.Close()
+	choice, err := p.setUp(context.Background(), c)
+	if err != nil || choice.Datapath != "" {
+		c.report(choice, err)
+	}
+	return err
+}
+
+// setUp is add's work. It returns no choice for a pod that is left alone.
+func (p *plugin) setUp(ctx context.Context, c *call) (choice redirect.Choice, err error) {
 	result, err := c.conf.Result()
 	if err != nil {
-		return err
+		return choice, err
 	}
 	if c.early() {
-		return p.print(result)
+		return choice, p.print(result)
 	}
 	pod, policy, err := p.decide(ctx, c)
 	if err != nil {
-		return err
+		return choice, err
 	}
 	if policy == nil {
-		return p.print(result)
+		return choice, p.print(result)
 	}
-	choice, err := redirect.Choose(c.conf.Datapath, c.conf.InboundHook, pod, policy)
+	choice, err = redirect.Choose(c.conf.Datapath, c.conf.InboundHook, pod, policy)
 	if err != nil {
 		code := codeProgram
 		var input *redirect.InputError
 		if errors.As(err, &input) {
 			code = types.ErrInvalidNetworkConfig
 		}
-		return fail(code, "choose a datapath for pod %s: %v", c.pod, err)
+		return choice, fail(code, "choose a datapath for pod %s: %v", c.pod, err)
 	}
 	if err := p.checkNetns(c.netns); err != nil {
-		return fail(types.ErrInvalidNetNS, "program pod %s: %v", c.pod, err)
+		return choice, fail(types.ErrInvalidNetNS, "program pod %s: %v", c.pod, err)
 	}
 	return p.program(ctx, c, p.target(c, pod), policy, choice, result)
 }
 
 // program applies the policy and prints the result. It does both or neither.
-func (p *plugin) program(ctx context.Context, c *call, t redirect.Target, policy *redirect.Policy, choice redirect.Choice, result []byte) (err error) {
+func (p *plugin) program(ctx context.Context, c *call, t redirect.Target, policy *redirect.Policy, choice redirect.Choice, result []byte) (_ redirect.Choice, err error) {
 	node := p.backends(c.conf, c.log)
 	defer func() {
 		if err == nil {
@@ -225,11 +262,11 @@ func (p *plugin) program(ctx context.Context, c *call, t redirect.Target, policy
 	}()
 	start := time.Now()
 	if choice, err = node.Apply(ctx, t, policy, choice); err != nil {
-		return fail(codeProgram, "program pod %s: %v", c.pod, err)
+		return choice, fail(codeProgram, "program pod %s: %v", c.pod, err)
 	}
 	c.log.Info("pod is redirected", "datapath", choice.Datapath, "reason", choice.Reasons[0].Name, "why", choice.Reasons.String(),
 		"cgroup", t.Cgroup, "took", time.Since(start))
-	return p.print(result)
+	return choice, p.print(result)
 }
 
 // target says what is to be programmed.
@@ -260,7 +297,9 @@ func (p *plugin) del(args *skel.CmdArgs) error {
 	if err != nil {
 		return err
 	}
-	log := newLog(p.stderr, conf.LogLevel).With("command", "DEL", "container", args.ContainerID, "interface", args.IfName)
+	lines := spool.Open(conf.RunDir)
+	defer lines.Close()
+	log := newLog(p.stderr, lines, conf.LogLevel).With("command", "DEL", "container", args.ContainerID, "interface", args.IfName)
 	a := redirect.Attachment{ContainerID: args.ContainerID, IfName: args.IfName}
 	if err := p.backends(conf, log).Remove(context.Background(), a); err != nil {
 		return fail(codeProgram, "remove what was programmed for container %s: %v", a.ContainerID, err)
@@ -278,6 +317,7 @@ func (p *plugin) check(args *skel.CmdArgs) error {
 	if err != nil {
 		return err
 	}
+	defer c.spool.Close()
 	if c.early() {
 		return nil
 	}
@@ -310,7 +350,9 @@ func (p *plugin) gc(args *skel.CmdArgs) error {
 	if err != nil {
 		return err
 	}
-	log := newLog(p.stderr, conf.LogLevel).With("command", "GC")
+	lines := spool.Open(conf.RunDir)
+	defer lines.Close()
+	log := newLog(p.stderr, lines, conf.LogLevel).With("command", "GC")
 	node := p.backends(conf, log)
 	present, err := node.Attachments(ctx, conf.Name)
 	if err != nil {
@@ -342,7 +384,9 @@ func (p *plugin) status(args *skel.CmdArgs) error {
 	if err != nil {
 		return err
 	}
-	log := newLog(p.stderr, conf.LogLevel).With("command", "STATUS")
+	lines := spool.Open(conf.RunDir)
+	defer lines.Close()
+	log := newLog(p.stderr, lines, conf.LogLevel).With("command", "STATUS")
 	datapath := conf.Datapath
 	if _, err := p.cgroupRoot(conf.CgroupRoot); err != nil {
 		if datapath == string(redirect.EBPF) {

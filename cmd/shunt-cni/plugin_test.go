@@ -713,7 +713,7 @@ func TestStatus(t *testing.T) {
 func TestLogLevels(t *testing.T) {
 	all := []slog.Level{slog.LevelDebug, slog.LevelInfo, slog.LevelWarn, slog.LevelError}
 	for level, want := range map[string]int{"panic": 0, "fatal": 0, "error": 1, "warn": 2, "info": 3, "debug": 4} {
-		log := newLog(io.Discard, level)
+		log := newLog(io.Discard, io.Discard, level)
 		got := len(slices.DeleteFunc(slices.Clone(all), func(l slog.Level) bool { return !log.Enabled(t.Context(), l) }))
 		if got != want {
 			t.Errorf("%s: %d of %v are logged, want %d", level, got, all, want)

@@ -30,7 +30,7 @@ func (a *APIServer) String() string {
 
 // Pod gets the pod once. A kubeconfig that can't be used, and an answer that
 // means "not you" or "not so", is permanent.
-func (a *APIServer) Pod(ctx context.Context, namespace, name string) (*redirect.Pod, error) {
+func (a *APIServer) Pod(ctx context.Context, namespace, name, _ string) (*redirect.Pod, error) {
 	body, err := a.client.Pod(ctx, namespace, name)
 	if err != nil {
 		return nil, classify(err)

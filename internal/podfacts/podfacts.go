@@ -26,11 +26,12 @@ const (
 
 // A Source knows pods. The node agent's socket is one, the API server another.
 type Source interface {
-	// Pod asks once and returns the pod as the source has it now. It returns
-	// when ctx ends. An error made by Permanent ends the asking of this
+	// Pod asks once and returns the pod as the source has it now. A uid that is
+	// not empty says which one is looked for; the source may have another. It
+	// returns when ctx ends. An error made by Permanent ends the asking of this
 	// source; one made by RetryAfter says when to ask it next; any other is
 	// worth another try.
-	Pod(ctx context.Context, namespace, name string) (*redirect.Pod, error)
+	Pod(ctx context.Context, namespace, name, uid string) (*redirect.Pod, error)
 	// String names the source in errors.
 	fmt.Stringer
 }
@@ -146,7 +147,7 @@ func (f *Fetcher) ask(ctx context.Context, s *state, namespace, name, uid string
 	}
 	call, cancel := context.WithTimeout(ctx, callTimeout)
 	defer cancel()
-	pod, err := s.src.Pod(call, namespace, name)
+	pod, err := s.src.Pod(call, namespace, name, uid)
 	s.Count++
 	switch {
 	case err != nil:

@@ -37,7 +37,7 @@ func newFake(t *testing.T, name string, answers ...answer) *fakeSource {
 
 func (f *fakeSource) String() string { return f.name }
 
-func (f *fakeSource) Pod(ctx context.Context, namespace, name string) (*redirect.Pod, error) {
+func (f *fakeSource) Pod(ctx context.Context, namespace, name, uid string) (*redirect.Pod, error) {
 	if namespace != "ns" || name != "p" {
 		f.t.Errorf("asked for pod %s/%s", namespace, name)
 	}

@@ -1,0 +1,213 @@
+// SPDX-License-Identifier: Apache-2.0
+
+//go:build linux
+
+package podfacts
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"io/fs"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"shunt.dev/shunt/internal/testbed"
+	"shunt.dev/shunt/redirect"
+)
+
+// listenAgent makes the agent's socket.
+func listenAgent(t *testing.T, dir string) net.Listener {
+	t.Helper()
+	l, err := net.Listen("unix", filepath.Join(dir, "agent.sock"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { l.Close() })
+	return l
+}
+
+// serveAgent lets h be the agent.
+func serveAgent(t *testing.T, dir string, h http.HandlerFunc) {
+	t.Helper()
+	s := &http.Server{Handler: h}
+	l := listenAgent(t, dir)
+	done := make(chan struct{})
+	go func() { _ = s.Serve(l); close(done) }()
+	t.Cleanup(func() { s.Close(); <-done })
+}
+
+// ask asks the agent of dir alone, once.
+func ask(t *testing.T, dir string) (*redirect.Pod, error) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), callTimeout)
+	defer cancel()
+	return NewAgent(dir).Pod(ctx, "ns", "p", "right/&")
+}
+
+// TestAgent: what the agent answers, and what comes of it.
+func TestAgent(t *testing.T) {
+	status := func(code int, header ...string) http.HandlerFunc {
+		return func(w http.ResponseWriter, _ *http.Request) {
+			if len(header) > 0 {
+				w.Header().Set(header[0], header[1])
+			}
+			w.WriteHeader(code)
+			_ = json.NewEncoder(w).Encode(map[string]any{"kind": "Status", "message": "why"})
+		}
+	}
+	body := func(b []byte) http.HandlerFunc {
+		return func(w http.ResponseWriter, _ *http.Request) { _, _ = w.Write(b) }
+	}
+	for _, tc := range []struct {
+		name      string
+		answer    http.HandlerFunc
+		want      string
+		permanent bool
+		after     time.Duration
+	}{
+		{name: "fine", answer: func(w http.ResponseWriter, r *http.Request) {
+			if r.URL.Path != "/v1/pods/ns/p" || r.URL.Query().Get("uid") != "right/&" || r.Method != http.MethodGet {
+				t.Errorf("asked %s %s", r.Method, r.URL)
+			}
+			_ = json.NewEncoder(w).Encode(pod("right"))
+		}},
+		{name: "404", answer: status(404), want: "404 Not Found: why"},
+		{name: "503", answer: status(503), want: "503 Service Unavailable: why"},
+		{name: "429", answer: status(429, "Retry-After", "7"), want: "429 Too Many Requests: why", after: 7 * time.Second},
+		{name: "403", answer: status(403), want: "service account", after: hungFor},
+		{name: "400", answer: status(400), want: "400 Bad Request: why", permanent: true},
+		{name: "not JSON", answer: body([]byte("<html>")), want: "parse pod"},
+		{name: "too big", answer: body(make([]byte, maxAnswer+1)), want: "larger than"},
+		{name: "cut off", answer: func(w http.ResponseWriter, _ *http.Request) {
+			w.Header().Set("Content-Length", "100")
+			_, _ = w.Write([]byte("{"))
+		}, want: "unexpected EOF"},
+		{name: "hung up on", answer: func(http.ResponseWriter, *http.Request) { panic(http.ErrAbortHandler) }, want: "EOF"},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			dir := t.TempDir()
+			serveAgent(t, dir, tc.answer)
+			got, err := ask(t, dir)
+			if tc.want == "" {
+				if err != nil || got.UID != "right" {
+					t.Errorf("got %v, %v", got, err)
+				}
+				return
+			}
+			var permanent permanentError
+			var later retryAfterError
+			errors.As(err, &later)
+			if err == nil || !strings.Contains(err.Error(), tc.want) || errors.As(err, &permanent) != tc.permanent || later.after != tc.after {
+				t.Errorf("got %v, after %v; want %q, after %v, permanent: %v", err, later.after, tc.want, tc.after, tc.permanent)
+			}
+		})
+	}
+}
+
+// TestNoAgent: at once, and to be asked again.
+func TestNoAgent(t *testing.T) {
+	dir := t.TempDir()
+	if _, err := ask(t, dir); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("no socket: %v", err)
+	}
+	l := listenAgent(t, dir).(*net.UnixListener)
+	l.SetUnlinkOnClose(false)
+	l.Close()
+	if _, err := ask(t, dir); err == nil || !strings.Contains(err.Error(), "connection refused") {
+		t.Errorf("a dead agent's socket: %v", err)
+	}
+	if _, err := ask(t, "/"+strings.Repeat("x", 200)); err == nil {
+		t.Error("a path that no socket can have")
+	}
+}
+
+// TestHangingAgent: one that does not accept, does not answer, or does so byte
+// by byte holds up the API server's answer by agentTimeout, once.
+func TestHangingAgent(t *testing.T) {
+	drip := make(chan struct{})
+	defer close(drip)
+	for name, start := range map[string]func(t *testing.T, dir string){
+		"not accepting": func(t *testing.T, dir string) { listenAgent(t, dir) },
+		"not answering": func(t *testing.T, dir string) {
+			serveAgent(t, dir, func(_ http.ResponseWriter, r *http.Request) { <-r.Context().Done() })
+		},
+		"dripping": func(t *testing.T, dir string) {
+			serveAgent(t, dir, func(w http.ResponseWriter, r *http.Request) {
+				for {
+					if _, err := w.Write([]byte(" ")); err != nil {
+						return
+					}
+					w.(http.Flusher).Flush()
+					select {
+					case <-time.After(agentTimeout / 10):
+					case <-r.Context().Done():
+						return
+					case <-drip:
+						return
+					}
+				}
+			})
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			dir := t.TempDir()
+			start(t, dir)
+			api := testbed.NewAPIServer(t)
+			api.SetPod(t, "ns", "p", pod("right"))
+			api.Fail(testbed.APIFault{Status: 500}, testbed.APIFault{Status: 500}, testbed.APIFault{Status: 500})
+			began := time.Now()
+			got, err := fetcher(30*time.Second, NewAgent(dir), NewAPIServer(api.WriteKubeconfig(t, t.TempDir()), "test")).Pod(t.Context(), "ns", "p", "right")
+			if err != nil || got.UID != "right" {
+				t.Errorf("got %v, %v", got, err)
+			}
+			// Asked four times, the API server; the agent but once.
+			if took := time.Since(began); took < agentTimeout || took > agentTimeout+3*time.Second {
+				t.Errorf("took %v", took)
+			}
+		})
+	}
+}
+
+// TestAgentFirst: with its answer nobody reads a kubeconfig; without it the API
+// server is asked; and where both fail the error names both.
+func TestAgentFirst(t *testing.T) {
+	dir := t.TempDir()
+	api := testbed.NewAPIServer(t)
+	api.SetPod(t, "ns", "p", pod("right"))
+	none := NewAPIServer(filepath.Join(dir, "none"), "test")
+	config := NewAPIServer(api.WriteKubeconfig(t, t.TempDir()), "test")
+
+	if _, err := fetcher(time.Second, NewAgent(dir), config).Pod(t.Context(), "ns", "p", "right"); err != nil || len(api.Requests()) != 1 {
+		t.Errorf("without an agent: %v", err)
+	}
+	var asked atomic.Int32
+	var old atomic.Bool
+	serveAgent(t, dir, func(w http.ResponseWriter, _ *http.Request) {
+		asked.Add(1)
+		uid := "right"
+		if old.Load() {
+			uid = "old"
+		}
+		_ = json.NewEncoder(w).Encode(pod(uid))
+	})
+	if _, err := fetcher(time.Second, NewAgent(dir), none).Pod(t.Context(), "ns", "p", "right"); err != nil || asked.Load() != 1 {
+		t.Errorf("with an agent, and without a kubeconfig: %v", err)
+	}
+	old.Store(true) // it has another pod by that name
+	if _, err := fetcher(time.Second, NewAgent(dir), config).Pod(t.Context(), "ns", "p", "right"); err != nil || len(api.Requests()) != 2 {
+		t.Errorf("with an agent that is behind: %v", err)
+	}
+	_, err := fetcher(300*time.Millisecond, NewAgent(dir), none).Pod(t.Context(), "ns", "p", "right")
+	for _, want := range []string{"the node agent by " + dir + "/agent.sock: asked ", "has not the uid right", "the API server by " + dir + "/none: asked 1 time", os.ErrNotExist.Error()} {
+		if err == nil || !strings.Contains(err.Error(), want) && !errors.Is(err, os.ErrNotExist) {
+			t.Errorf("got %v, want %q", err, want)
+		}
+	}
+}
