@@ -4,7 +4,7 @@
 package bpf
 
 // Digest is the SHA-256 of the compiled object.
-const Digest = "fff4076fcc6053d4834dd6c589250dbb689940c295b64678123937ae70606138"
+const Digest = "22fe06a6b76b6ff0f477daa74ab9b4029d1133d6fcc8e4630201d51900291cb3"
 
 // stampCode is the program's instructions, with map descriptors of zero.
 const stampCode = "" +
