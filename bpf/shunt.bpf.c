@@ -1465,8 +1465,10 @@ __noinline int choose_all(__u64 cookie)
 __noinline int on_listen(struct bpf_sock_ops *ctx, __u64 cookie, __u32 kind)
 {
 	struct listener_key key = { .cookie = cookie };
+	__u64 self = bpf_get_socket_cookie(ctx);
 	struct pod_state *c;
 	struct pod *pod;
+	__u32 place;
 	long err = -EEXIST;
 
 	pod = bpf_map_lookup_elem(&pods, &cookie);
@@ -1486,8 +1488,11 @@ __noinline int on_listen(struct bpf_sock_ops *ctx, __u64 cookie, __u32 kind)
 	// the day on which the pod goes back to sk_lookup.
 	if (err)
 		return (pod->flags & POD_IN_TC) ? 0 : failed(cookie, PLACE_LISTENER_REGISTER, err);
-	if (key.place < LISTENER_KINDS * SLOTS)
-		c->listeners[key.place] = bpf_get_socket_cookie(ctx);
+	// A copy: the verifier of Linux 6.12 does not take what is read from the
+	// stack a second time for what was compared the first time.
+	place = key.place;
+	if (place < LISTENER_KINDS * SLOTS)
+		c->listeners[place] = self;
 	set_state_callbacks(ctx, true);
 	return choose_all(cookie);
 }

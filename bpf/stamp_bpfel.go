@@ -4,7 +4,7 @@
 package bpf
 
 // Digest is the SHA-256 of the compiled object.
-const Digest = "49632edd758b0e6eaaa8b6e056f9f3287e9fd6440538c135014c0bf38cd0a497"
+const Digest = "9cdef885eebb21b2854992ee282de3bc0a670a692c0d08b401ee729901678b6c"
 
 // stampCode is the program's instructions, with map descriptors of zero.
 const stampCode = "" +

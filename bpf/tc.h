@@ -485,8 +485,7 @@ __noinline int reopen(struct __sk_buff *ctx, __u64 cookie, const struct segment 
 __noinline __u64 timestamp(struct __sk_buff *ctx, const struct segment *s)
 {
 	__u8 o[TCP_OPTIONS] = {};
-	__u64 len;
-	__u32 i = 0;
+	__u64 len, i = 0;
 
 	if (!s)
 		return 0;
@@ -497,7 +496,10 @@ __noinline __u64 timestamp(struct __sk_buff *ctx, const struct segment *s)
 	asm volatile("" : "+r"(len)); // or the verifier doesn't see the bounds
 	if (len < 4 || len > sizeof(o) || !load(ctx, s->transport + TCP_SIZE, o, len))
 		return 0;
-	for (int n = 0; n < 12 && i <= sizeof(o) - 10; n++) {
+	for (int n = 0; n < 12; n++) {
+		asm volatile("" : "+r"(i)); // or a copy is compared, whose bounds Linux 6.1 does not give to i
+		if (i > sizeof(o) - 10)
+			return 0;
 		switch (o[i]) {
 		case TCP_OPTION_END:
 			return 0;

@@ -501,9 +501,9 @@ func (r result) read() (errno unix.Errno, ran bool) {
 // needs are the real programs, with the version since which the kernel has the
 // last of what each needs.
 var needs = []struct{ name, program, since, neededFor string }{
-	// bpf_skc_to_tcp_sock for cgroup programs: 1df8f55a37bd.
-	{"bpf-connect4", bpf.ShuntProgShuntConnect4, "5.10", probe.ForEBPF},
-	{"bpf-connect6", bpf.ShuntProgShuntConnect6, "5.10", probe.ForEBPF},
+	// Pointers as arguments of global functions: e5069b9c23b3.
+	{"bpf-connect4", bpf.ShuntProgShuntConnect4, "5.13", probe.ForEBPF},
+	{"bpf-connect6", bpf.ShuntProgShuntConnect6, "5.13", probe.ForEBPF},
 	// The attach types: 1b66d253610c.
 	{"bpf-getpeername4", bpf.ShuntProgShuntGetpeername4, "5.8", probe.ForEBPF},
 	{"bpf-getpeername6", bpf.ShuntProgShuntGetpeername6, "5.8", probe.ForEBPF},
@@ -517,13 +517,14 @@ var needs = []struct{ name, program, since, neededFor string }{
 	// ingress_ifindex: f89315650ba3.
 	{"bpf-stamp", bpf.ShuntProgShuntStamp, "5.17", probe.ForEBPF},
 	{"bpf-sk-lookup", bpf.ShuntProgShuntSkLookup, "5.17", probe.ForEBPF},
+	// As connect4.
+	{"bpf-sendmsg4", bpf.ShuntProgShuntSendmsg4, "5.13", probe.ForEBPF},
+	{"bpf-sendmsg6", bpf.ShuntProgShuntSendmsg6, "5.13", probe.ForEBPF},
 	// bpf_sk_storage_get for these types: f7c6cb1d9728.
-	{"bpf-sendmsg4", bpf.ShuntProgShuntSendmsg4, "5.8", probe.ForEBPF},
-	{"bpf-sendmsg6", bpf.ShuntProgShuntSendmsg6, "5.8", probe.ForEBPF},
 	{"bpf-recvmsg4", bpf.ShuntProgShuntRecvmsg4, "5.8", probe.ForEBPF},
 	{"bpf-recvmsg6", bpf.ShuntProgShuntRecvmsg6, "5.8", probe.ForEBPF},
-	// bpf_sk_assign: cf7fbe660f2d.
-	{"bpf-tc", bpf.ShuntProgShuntTc, "5.7", probe.ForTC},
+	// As connect4.
+	{"bpf-tc", bpf.ShuntProgShuntTc, "5.13", probe.ForTC},
 }
 
 func (p *prober) programs() {
@@ -629,9 +630,12 @@ func alone(all *ebpf.CollectionSpec, name string) *ebpf.CollectionSpec {
 }
 
 // missingHelpers names helpers of a program that the kernel is known not to
-// have for its type.
+// have for its type, without those that it can do without.
 func missingHelpers(prog *ebpf.ProgramSpec) (missing []string) {
 	for _, helper := range calls(prog) {
+		if helper == asm.FnSetRetval || helper == asm.FnSkcToMptcpSock {
+			continue
+		}
 		if errors.Is(features.HaveProgramHelper(prog.Type, helper), ebpf.ErrNotSupported) {
 			missing = append(missing, helperName(helper))
 		}
