@@ -143,8 +143,10 @@ func TestJoin(t *testing.T) {
 	rule := func(id string, cookie uint64, wrong ...string) iptables.Status {
 		r := new(iptables.Record)
 		r.Attachment, r.Netns, r.Cookie = redirect.Attachment{ContainerID: id, IfName: "eth0"}, "/run/netns/"+id, cookie
-		return iptables.Status{Record: r, Wrong: wrong, Counted: true, Flows: map[redirect.Rule]uint64{redirect.RuleInDefault: 5},
-			Chains: []iptables.Chain{{Family: iptables.IPv4, Table: "nat", Name: "SHUNT_OUT", State: loader.HookMissing}}}
+		return iptables.Status{
+			Record: r, Wrong: wrong, Counted: true, Flows: map[redirect.Rule]uint64{redirect.RuleInDefault: 5},
+			Chains: []iptables.Chain{{Family: iptables.IPv4, Table: "nat", Name: "SHUNT_OUT", State: loader.HookMissing}},
+		}
 	}
 	gone := rule("c5", 10)
 	gone.Gone, gone.Chains, gone.Flows = true, nil, nil
