@@ -53,11 +53,12 @@ func (f *fight) calm(now time.Time) {
 	f.pending = false
 	n := len(f.healed)
 	if n > 0 && now.Sub(f.healed[n-1]) > f.times.calm {
+		if f.quick > 2 {
+			f.healed = nil
+		}
 		f.quick = 0
 	}
-	if f.quick == 0 {
-		f.healed = slices.DeleteFunc(f.healed, func(t time.Time) bool { return now.Sub(t) > time.Hour })
-	}
+	f.healed = slices.DeleteFunc(f.healed, func(t time.Time) bool { return now.Sub(t) > time.Hour })
 }
 
 // on says whether it is one: undone three times in a row, or seven times within

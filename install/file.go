@@ -52,37 +52,39 @@ func own(mode fs.FileMode) attributes {
 // writeTemp writes a new file, to be renamed, beside where it will be. It is on
 // the disk when this returns, so that no power failure leaves a name without
 // its content.
-func writeTemp(dir string, data io.Reader, a attributes) (path string, err error) {
+func writeTemp(dir string, data io.Reader, a attributes) (string, error) {
 	random := make([]byte, 8)
 	_, _ = rand.Read(random) // never fails, by its documentation
-	path = filepath.Join(dir, tempPrefix+hex.EncodeToString(random))
+	path := filepath.Join(dir, tempPrefix+hex.EncodeToString(random))
 	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL|unix.O_NOFOLLOW, 0o600)
 	if err != nil {
 		return "", explain(err)
 	}
-	defer func() {
-		if err = errors.Join(err, f.Close()); err != nil {
-			_ = os.Remove(path)
-			err = explain(err)
-		}
-	}()
+	if err := errors.Join(fill(f, data, a), f.Close()); err != nil {
+		_ = os.Remove(path)
+		return "", explain(err)
+	}
+	return path, nil
+}
+
+func fill(f *os.File, data io.Reader, a attributes) error {
 	if _, err := io.Copy(f, data); err != nil {
-		return "", err
+		return err
 	}
 	st, err := f.Stat()
 	if err != nil {
-		return "", err
+		return err
 	}
 	if is := attributesOf(st); is.uid != a.uid || is.gid != a.gid {
 		if err := f.Chown(a.uid, a.gid); err != nil {
-			return "", fmt.Errorf("keep the owner %d:%d (CAP_CHOWN is needed): %w", a.uid, a.gid, err)
+			return fmt.Errorf("keep the owner %d:%d: %w", a.uid, a.gid, err)
 		}
 	}
 	// After chown, which takes bits away.
 	if err := f.Chmod(a.mode); err != nil {
-		return "", err
+		return err
 	}
-	return path, f.Sync()
+	return f.Sync()
 }
 
 // swap puts now in the place of was. A file that is not was, because somebody
@@ -132,7 +134,7 @@ func swap(path string, was, now []byte) (err error) {
 			return stays(temp, path, err)
 		}
 		if bytes.Equal(got, out) {
-			if err := os.Remove(temp); err != nil {
+			if _, err := remove(temp); err != nil {
 				return err
 			}
 			if turn > 0 {

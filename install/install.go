@@ -282,14 +282,14 @@ func (in *Installer) pass(ctx context.Context) (out outcome) {
 	if err != nil {
 		return outcome{result: ResultRunDir, err: fmt.Errorf("run directory: write the agent's name: %w", err)}
 	}
-	if err := sweep(in.dirs()...); err != nil {
-		in.note("", fmt.Sprintf("what an earlier process has left can't be removed: %v", err))
-	}
 
 	dir := confDir(in.opts.ConfDir)
 	files, links, marks, err := dir.read()
 	if err != nil {
 		return outcome{result: ResultConf, err: fmt.Errorf("read the CNI configuration: %w", err)}
+	}
+	if err := sweep(append(in.opts.dirs(), links...)...); err != nil {
+		in.note("", fmt.Sprintf("what an earlier process has left can't be removed: %v", err))
 	}
 	p, err := decide(files, in.opts.wish())
 	if err != nil {
@@ -353,7 +353,7 @@ func (in *Installer) configure(dir confDir, p plan, marks []string) (out outcome
 			return outcome{again: rest, installed: there, err: in.unsettled(p)}
 		}
 	}
-	if p.main != nil && in.joined != "" {
+	if p.main != nil && in.joined == p.target {
 		if due := in.fight.undone(now); due.After(now) {
 			return in.underFire(outcome{again: due.Sub(now)}, p, marks)
 		}
@@ -461,8 +461,6 @@ func (o *Options) dirs() []string {
 	return slices.Compact(dirs)
 }
 
-func (in *Installer) dirs() []string { return in.opts.dirs() }
-
 // note logs what is the matter with a file, once.
 func (in *Installer) note(name, what string) {
 	if in.noted[name] != what {
@@ -482,7 +480,6 @@ func (in *Installer) report(out outcome) {
 	if out.err == nil && out.installed && !in.done {
 		in.done = true
 		out.result = ResultInstalled
-		in.opts.Log.Info("installed", "file", file)
 	}
 	news := text(out.err) != text(before.Err)
 	switch {

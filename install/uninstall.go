@@ -45,11 +45,11 @@ func (o *Options) uninstall(ctx context.Context, times times) error {
 		}
 		defer release()
 	}
-	left, err := o.leave(ctx)
+	left, links, err := o.leave(ctx)
 	if err != nil {
 		return fmt.Errorf("uninstall: take the entry out of the CNI configuration: %w", err)
 	}
-	errs := []error{sweep(o.dirs()...)}
+	errs := []error{sweep(append(o.dirs(), links...)...)}
 	drop := func(path string) {
 		removed, err := remove(path)
 		errs = append(errs, err)
@@ -90,20 +90,21 @@ func (o *Options) uninstall(ctx context.Context, times times) error {
 	return nil
 }
 
-// leave takes the entry out of every file. It says whether there was one.
-func (o *Options) leave(ctx context.Context) (left bool, err error) {
+// leave takes the entry out of every file. It says whether there was one, and
+// where links lead.
+func (o *Options) leave(ctx context.Context) (left bool, links []string, err error) {
 	dir := confDir(o.ConfDir)
 	for {
-		files, _, _, err := dir.read()
-		if err != nil {
-			return left, err
+		var files []confFile
+		if files, links, _, err = dir.read(); err != nil {
+			return left, nil, err
 		}
 		edits := leave(files, "")
 		for i := range files {
 			f := &files[i]
 			switch {
 			case f.err != nil && !errors.Is(f.err, fs.ErrNotExist): // what a link does not lead to was never written
-				return left, fmt.Errorf("%s may have the entry: %w", dir.path(f.name), f.err)
+				return left, nil, fmt.Errorf("%s may have the entry: %w", dir.path(f.name), f.err)
 			case !onlyOurs(f):
 			case !o.Chained && f.name == o.ConfFile:
 				edits = append(edits, edit{name: f.name, was: f.data})
@@ -119,17 +120,17 @@ func (o *Options) leave(ctx context.Context) (left bool, err error) {
 				continue
 			}
 			if err != nil {
-				return left, fmt.Errorf("%s: %w", dir.path(e.name), err)
+				return left, nil, fmt.Errorf("%s: %w", dir.path(e.name), err)
 			}
 			left = true
 			o.Log.Info("took the entry out of the CNI configuration", "file", dir.path(e.name))
 		}
 		// Once more, as long as others write at the same time.
 		if !changed {
-			return left, nil
+			return left, links, nil
 		}
 		if ctx.Err() != nil {
-			return left, context.Cause(ctx)
+			return left, nil, context.Cause(ctx)
 		}
 	}
 }
