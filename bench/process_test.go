@@ -21,8 +21,10 @@ import (
 )
 
 // BenchmarkAddProcess compares, turn by turn, ADD as a process, from exec to
-// exit, with the reference: a static binary that does one GET of the same pod
-// from the same API server and prints prevResult. Every turn has a fresh pod.
+// exit, without the node agent and with it, with the reference: a static binary
+// that does one GET of the same pod from the same API server and prints
+// prevResult. Every turn has a fresh pod, and every other turn begins with the
+// agent.
 func BenchmarkAddProcess(b *testing.B) {
 	testbed.Privileged(b)
 	w := testbed.NewWorld(b)
@@ -51,6 +53,7 @@ func BenchmarkAddProcess(b *testing.B) {
 	if err := os.WriteFile(cni.Kubeconfig, kubeconfigJSON, 0o600); err != nil {
 		b.Fatal(err)
 	}
+	agent := newAgent(b, cni.RunDir)
 	token := regexp.MustCompile(`token: "(.*)"`).FindSubmatch(kubeconfig)[1]
 
 	steps := map[string]samples{}
@@ -58,10 +61,13 @@ func BenchmarkAddProcess(b *testing.B) {
 	newPod := func() *testbed.Pod {
 		p := testbed.NewPod(b, testbed.InWorld(w))
 		api.SetPod(b, p.Namespace, p.Name, p.Injected())
+		agent.set(b, p)
 		return p
 	}
 	cni.MustAdd(b, newPod()) // stays, as on a node in use
+	turns := 0
 	turn := func() {
+		turns++
 		p := newPod()
 		url := fmt.Sprintf("%s/api/v1/namespaces/%s/pods/%s", api.URL(), p.Namespace, p.Name)
 		cmd := exec.Command(reference, url, ca, string(token))
@@ -79,10 +85,27 @@ func BenchmarkAddProcess(b *testing.B) {
 			b.Fatalf("reference: %v: %s", err, out.Bytes())
 		}
 		add("reference-cpu", cmd.ProcessState.UserTime()+cmd.ProcessState.SystemTime())
-		r := cni.MustAdd(b, p)
-		add("ADD", r.Elapsed)
-		add("ADD-cpu", r.CPU)
-		add("DEL", cni.MustDel(b, p).Elapsed)
+		without := func() {
+			agent.hide(b)
+			r := cni.MustAdd(b, p)
+			agent.show(b)
+			add("ADD", r.Elapsed)
+			add("ADD-cpu", r.CPU)
+			add("DEL", cni.MustDel(b, p).Elapsed)
+		}
+		with := func() {
+			r := cni.MustAdd(b, p, testbed.Set("kubeconfig", "/none/such"))
+			add("ADD-agent", r.Elapsed)
+			add("ADD-agent-cpu", r.CPU)
+			cni.MustDel(b, p)
+		}
+		if turns%2 == 0 {
+			with()
+			without()
+		} else {
+			without()
+			with()
+		}
 		add("ADD-excluded", cni.MustAdd(b, p, testbed.Set("excludeNamespaces", []string{p.Namespace})).Elapsed)
 		p.Destroy(b)
 	}
@@ -93,6 +116,8 @@ func BenchmarkAddProcess(b *testing.B) {
 	}
 	b.ReportMetric(0, "ns/op")
 	b.ReportMetric(float64(steps["ADD"].median())/float64(steps["reference"].median()), "ADD/reference")
+	b.ReportMetric(float64(steps["ADD-agent"].median())/float64(steps["ADD"].median()), "ADD-agent/ADD")
+	b.ReportMetric(float64(steps["ADD-agent-cpu"].median())/float64(steps["ADD-cpu"].median()), "ADD-agent-cpu/ADD-cpu")
 	for name, s := range steps {
 		b.ReportMetric(float64(s.median().Microseconds()), name+"-µs")
 	}

@@ -8,6 +8,7 @@ package bench
 import (
 	"bytes"
 	"fmt"
+	"os"
 	"os/exec"
 	"slices"
 	"strings"
@@ -23,15 +24,26 @@ import (
 	"shunt.dev/shunt/redirect/iptables"
 )
 
-func TestMain(m *testing.M) { testbed.Main(m) }
+func TestMain(m *testing.M) {
+	if os.Getenv(asAgent) != "" {
+		if err := runAgent(); err != nil {
+			fmt.Fprintln(os.Stderr, "agent:", err)
+			os.Exit(1)
+		}
+		os.Exit(0)
+	}
+	testbed.Main(m)
+}
 
 // samples are durations of one thing.
 type samples []time.Duration
 
-func (s samples) median() time.Duration {
+func (s samples) median() time.Duration { return s.quantile(0.5) }
+
+func (s samples) quantile(q float64) time.Duration {
 	s = slices.Clone(s)
 	slices.Sort(s)
-	return s[len(s)/2]
+	return s[int(q*float64(len(s)))]
 }
 
 // policy evaluates the bed's pod as the plugin does.

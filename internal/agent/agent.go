@@ -49,6 +49,7 @@ type Agent struct {
 	opts     Options
 	log      *slog.Logger
 	loops    *loops
+	watchers *loops // which client-go may be slow to end, and that have nothing to finish
 	config   *configFile
 	metrics  *metrics
 	cache    *podcache.Cache
@@ -65,7 +66,7 @@ func New(opts Options) (*Agent, error) {
 	if err := os.MkdirAll(opts.RunDir, 0o700); err != nil {
 		return nil, fmt.Errorf("make --run-dir: %w", err)
 	}
-	a := &Agent{opts: opts, log: opts.Log, loops: &loops{log: opts.Log}, fatal: make(chan error, 1)}
+	a := &Agent{opts: opts, log: opts.Log, loops: &loops{log: opts.Log}, watchers: &loops{log: opts.Log}, fatal: make(chan error, 1)}
 	a.config = newConfigFile(opts.Netconf, opts.RunDir, a.log)
 	a.cache = podcache.New(podcache.Options{Client: opts.Client, Node: opts.Node, RunDir: opts.RunDir, Log: a.log})
 	a.datapath = newPreloader(a.config, opts.RunDir, a.log)
@@ -119,21 +120,20 @@ func (a *Agent) Run(ctx context.Context) error {
 	work, stop := context.WithCancel(context.WithoutCancel(ctx))
 	defer stop()
 	a.config.read() // so that what starts now finds one
-	cache := a.loops.startOther(work, "pod cache", a.cache.Run)
+	cache := a.watchers.startOther(work, "pod cache", a.cache.Run)
 	keeper := a.loops.startOther(work, "install", a.keeper.run)
 	a.loops.start(work, "netconf", a.config.run)
 	a.loops.start(work, "datapath", a.datapath.run)
 	a.loops.start(work, "plugin's log", a.relay.run)
 	a.loops.start(work, "pods' state", a.sweeper.run)
-	a.loops.startOther(work, "DaemonSet", a.owner.run)
+	a.watchers.startOther(work, "DaemonSet", a.owner.run)
 	a.serve(work, cache, keeper)
 	late := context.WithoutCancel(ctx)
 	select {
 	case <-ctx.Done():
 	case err := <-a.fatal:
 		stop()
-		a.loops.wait(endTimeout)
-		a.relay.drain(late)
+		a.end(late)
 		return err
 	}
 
@@ -149,17 +149,22 @@ func (a *Agent) Run(ctx context.Context) error {
 			"If it is to go, run `shunt-node uninstall` on the node", "why", why)
 	}
 	stop()
+	a.end(late)
+	if v != remove {
+		return nil
+	}
+	uninstall, cancel := context.WithTimeout(late, uninstallTimeout)
+	defer cancel()
+	return Uninstall(uninstall, a.opts)
+}
+
+// end waits for the loops to end.
+func (a *Agent) end(ctx context.Context) {
 	if !a.loops.wait(endTimeout) {
 		a.log.Warn("parts of the agent have not ended in time")
 	}
-	var err error
-	if v == remove {
-		uninstall, cancel := context.WithTimeout(late, uninstallTimeout)
-		defer cancel()
-		err = Uninstall(uninstall, a.opts)
-	}
-	a.relay.drain(late) // what the plugin has said until now
-	return err
+	a.watchers.wait(time.Second)
+	a.relay.drain(ctx) // what the plugin has said until now
 }
 
 // serve starts the servers.

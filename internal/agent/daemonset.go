@@ -73,8 +73,14 @@ func (o *owner) run(ctx context.Context) error {
 			return sets.Watch(ctx, opts)
 		},
 	}, o.client), &appsv1.DaemonSet{}, 0, nil)
+	told := ""
 	if err := informer.SetWatchErrorHandlerWithContext(func(_ context.Context, _ *cache.Reflector, err error) {
-		o.log.Debug("the agent's DaemonSet can't be watched just now", "error", err)
+		level := slog.LevelDebug
+		// It is tried again by itself; but what the API server refuses stays so.
+		if text := err.Error(); text != told && (apierrors.IsForbidden(err) || apierrors.IsUnauthorized(err)) {
+			level, told = slog.LevelWarn, text
+		}
+		o.log.Log(ctx, level, "the agent's DaemonSet can't be watched: whether it is deleted may not be noticed", "daemonset", o.String(), "error", err)
 	}); err != nil {
 		return err
 	}

@@ -9,6 +9,7 @@ import (
 	"errors"
 	"log/slog"
 	"slices"
+	"sync"
 	"time"
 
 	"shunt.dev/shunt/internal/spool"
@@ -25,15 +26,21 @@ type relay struct {
 	// the plugin's.
 	log     slog.Handler
 	metrics *metrics
-	err     error // of the last call, to say each once
+
+	mu  sync.Mutex // held by who drains
+	err error      // of the last call, to say each once
 }
 
 func (r *relay) run(ctx context.Context, beat func()) error {
 	return every(ctx, relayInterval, beat, func(ctx context.Context) { r.drain(ctx) })
 }
 
-// drain hands on what is there.
+// drain hands on what is there, unless somebody is at it.
 func (r *relay) drain(ctx context.Context) {
+	if !r.mu.TryLock() {
+		return
+	}
+	defer r.mu.Unlock()
 	_, err := spool.Drain(r.runDir, func(line []byte) { r.line(ctx, line) })
 	if err != nil && (r.err == nil || r.err.Error() != err.Error()) {
 		slog.New(r.log).Error("what the plugin has logged can't be read", "error", err)

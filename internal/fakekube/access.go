@@ -75,7 +75,17 @@ func (q *query) allowedBy(r rbacv1.PolicyRule) bool {
 		return slices.Contains(list, "*") || slices.Contains(list, what)
 	}
 	return has(r.Verbs, q.verb) && has(r.APIGroups, q.group) && has(r.Resources, q.fullResource()) &&
-		(len(r.ResourceNames) == 0 || q.name != "" && slices.Contains(r.ResourceNames, q.name))
+		(len(r.ResourceNames) == 0 || q.named() != "" && slices.Contains(r.ResourceNames, q.named()))
+}
+
+// named is the one object that is asked for: by its path, or of a list by a
+// field selector, as the API server has it.
+func (q *query) named() string {
+	if q.name != "" || q.verb != "list" && q.verb != "watch" && q.verb != "deletecollection" {
+		return q.name
+	}
+	name, _ := q.fields.RequiresExactMatch("metadata.name")
+	return name
 }
 
 // A Fault is what happens to requests in place of what should. Empty fields of

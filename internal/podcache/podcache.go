@@ -240,7 +240,9 @@ func (c *Cache) fetch(ctx context.Context, namespace, name string) (*corev1.Pod,
 		// Not bound to the first who asked, who may go away.
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), c.opts.LiveTimeout)
 		defer cancel()
-		pod, err := c.opts.Client.CoreV1().Pods(namespace).Get(ctx, name, metav1.GetOptions{})
+		// client-go's own retries would sleep on what the plugin should hear.
+		pod := &corev1.Pod{}
+		err := c.opts.Client.CoreV1().RESTClient().Get().Namespace(namespace).Resource("pods").Name(name).MaxRetries(0).Do(ctx).Into(pod)
 		if err != nil {
 			if ctx.Err() != nil {
 				err = fmt.Errorf("the API server has not answered within %v", c.opts.LiveTimeout)
