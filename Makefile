@@ -14,6 +14,8 @@ COUNT    ?= 1
 BENCH    ?= .
 BENCHTIME ?= 200x
 DEMO     ?=
+# What `make image` names the image; by default, what the chart asks for.
+IMAGE    ?= localhost/shunt/shunt-node:$(shell awk '$$1 == "appVersion:" {print $$2}' install/chart/Chart.yaml)
 # 0 to leave the system's packages alone.
 DEPS     ?= 1
 # A file that each test run adds its numbers to; `.ci/run` sums them up.
@@ -43,6 +45,21 @@ build: deps-build ## build the commands, static, into bin/
 	@mkdir -p $(BIN)
 	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '-s -w -X main.buildVersion=$(VERSION)' \
 		-o $(BIN)/ $(addprefix ./cmd/,$(commands))
+
+.PHONY: image
+image: deps-image build ## the node agent's container image, into bin/shunt-node.tar
+	@$(GO) run ./internal/tools/image -bin $(BIN) -name $(IMAGE) -o $(BIN)/shunt-node.tar
+
+.PHONY: chart
+chart: ## the Helm chart as a package, into bin/
+	@mkdir -p $(BIN)
+	@version=$$(awk '$$1 == "version:" {print $$2}' install/chart/Chart.yaml); \
+	tar --sort=name --mtime=@0 --owner=0 --group=0 --numeric-owner --transform='s,^install/chart,shunt,' \
+		-cf - install/chart | gzip -n >$(BIN)/shunt-$$version.tgz; echo "$(BIN)/shunt-$$version.tgz"
+
+.PHONY: manifests
+manifests: ## render install/manifests from the chart, and what its tests compare with
+	$(GO) test -count=1 -run '^Test(Manifests|Options)$$' ./internal/charttest -update
 
 .PHONY: demo
 demo: deps-demo build ## show a pod's traffic redirected (root)
@@ -97,10 +114,10 @@ clean: ## remove what was built
 	rm -rf $(BIN)
 
 .PHONY: deps
-deps: deps-build deps-demo deps-test deps-lint deps-generate ## install what all of this needs (root)
+deps: deps-build deps-demo deps-image deps-test deps-lint deps-generate ## install what all of this needs (root)
 
-.PHONY: deps-build deps-demo deps-test deps-lint deps-generate
-deps-build deps-demo deps-test deps-lint deps-generate: deps-%:
+.PHONY: deps-build deps-demo deps-image deps-test deps-lint deps-generate
+deps-build deps-demo deps-image deps-test deps-lint deps-generate: deps-%:
 	@if [ '$(DEPS)' != 0 ]; then scripts/install-deps.sh $*; fi
 
 .PHONY: need-root

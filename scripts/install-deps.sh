@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 #
 # install-deps.sh SET...: install, from the distribution's own packages, what
-# is missing of the sets build, demo, test, lint and generate. For Debian 12
+# is missing of the sets build, demo, image, test, lint and generate. For Debian 12
 # and 13, Ubuntu 22.04 and 24.04. Where nothing is missing it changes nothing
 # and needs no root.
 set -euo pipefail
@@ -14,6 +14,7 @@ PATH=$PATH:/usr/local/go/bin:/usr/local/sbin:/usr/sbin:/sbin
 {
   build=(ca-certificates=/etc/ssl/certs/ca-certificates.crt)
   demo=("${build[@]}")
+  image=("${build[@]}" iptables=iptables-restore)
   test=("${build[@]}" gcc=gcc libc6-dev=/usr/include/stdlib.h
     iptables=iptables-restore iproute2=ip haproxy=haproxy redsocks=redsocks)
   lint=("${build[@]}" git=git shellcheck=shellcheck)
@@ -115,11 +116,11 @@ need_go() {
       'with GOTOOLCHAIN=auto a Go from 1.21 on gets it by itself'
 }
 
-[[ $# -gt 0 ]] || die 'usage: install-deps.sh build|demo|test|lint|generate ...'
+[[ $# -gt 0 ]] || die 'usage: install-deps.sh build|demo|image|test|lint|generate ...'
 wanted=()
 for set in "$@"; do
   case $set in
-    build | demo | test | lint | generate) mapfile -t -O "${#wanted[@]}" wanted < <(missing "$set") ;;
+    build | demo | image | test | lint | generate) mapfile -t -O "${#wanted[@]}" wanted < <(missing "$set") ;;
     *) die "no such set: $set" ;;
   esac
 done
