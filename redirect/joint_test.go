@@ -153,15 +153,7 @@ type pod struct {
 func (n *node) pod(t testing.TB, mutators []testbed.PodMutator, opts ...testbed.ProxyOption) *pod {
 	t.Helper()
 	p := &pod{Pod: testbed.NewPod(t, testbed.InWorld(n.world))}
-	facts, err := redirect.ParsePod(p.Injected(mutators...))
-	if err != nil {
-		t.Fatal(err)
-	}
-	cfg := redirect.DefaultConfig()
-	outcome, policy, err := cfg.Evaluate(facts)
-	if err != nil || policy == nil {
-		t.Fatalf("the pod is not to be redirected: %+v, %v", outcome, err)
-	}
+	policy := n.policy(t, p.Pod, mutators...)
 	n.apply(t, p.Pod, policy)
 	proxy := p.StartProxy(t, testbed.ProxyUID, testbed.ProxyGID, opts...)
 	proxy.Listen(t, testbed.ListenSpec{Name: "dns", Addr: at(netip.IPv6Unspecified(), policy.Proxy.DNSPort)})
@@ -172,6 +164,21 @@ func (n *node) pod(t testing.TB, mutators []testbed.PodMutator, opts ...testbed.
 		flowgen.ByGIDOnly: p.Actor(t, flowgen.ByGIDOnly, other, testbed.ProxyGID),
 	}
 	return p
+}
+
+// policy is that of a pod by facts that mutators change.
+func (*node) policy(t testing.TB, p *testbed.Pod, mutators ...testbed.PodMutator) *redirect.Policy {
+	t.Helper()
+	facts, err := redirect.ParsePod(p.Injected(mutators...))
+	if err != nil {
+		t.Fatal(err)
+	}
+	cfg := redirect.DefaultConfig()
+	outcome, policy, err := cfg.Evaluate(facts)
+	if err != nil || policy == nil {
+		t.Fatalf("the pod is not to be redirected: %+v, %v", outcome, err)
+	}
+	return policy
 }
 
 func (p *pod) who(by string) *testbed.Actor { return p.actors[by] }

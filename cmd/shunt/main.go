@@ -57,6 +57,9 @@ func failed(err error) error {
 	return &exitError{exitFailed, err}
 }
 
+// environment reads a variable.
+var environment = os.Getenv
+
 func main() {
 	// The first signal lets a verb undo what it is at; the second ends it.
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
@@ -113,6 +116,7 @@ verb's own.`,
 	root.AddCommand(
 		newProbeCmd(), newExplainCmd(), newRenderCmd(), newStatusCmd(),
 		newApplyCmd(), newCheckCmd(), newRemoveCmd(),
+		newValidateCmd(),
 		newVersionCmd(),
 	)
 	return root

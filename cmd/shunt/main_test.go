@@ -172,7 +172,7 @@ func TestExamples(t *testing.T) {
 	t.Chdir(pods)
 	for _, e := range all {
 		args, stdin := e.args()
-		if e.root || args[0] == "probe" { // a node's own answer
+		if e.root || args[0] == "probe" || args[0] == "validate" { // a node's own answer, a pod's own
 			continue
 		}
 		var in strings.Reader

@@ -47,7 +47,8 @@ type Backends struct {
 	ebpf     backend
 	iptables backend
 	// yield is Remove of iptables, for a pod that eBPF redirects by now.
-	yield func(context.Context, redirect.Attachment) error
+	yield   func(context.Context, redirect.Attachment) error
+	foreign func(ctx context.Context, netns string) ([]string, error)
 	// What Status asks.
 	node  loader.Options
 	rules *iptables.Backend
@@ -69,6 +70,7 @@ func New(opts Options) *Backends {
 		yield:    ipt.Yield,
 		node:     node,
 		rules:    ipt,
+		foreign:  ipt.Foreign,
 		log:      opts.Log,
 	}
 }
@@ -160,4 +162,10 @@ func (b *Backends) Ready(ctx context.Context, datapath string) (notEBPF *redirec
 	}
 	reason := ebpf.Reason(err)
 	return &reason, nil
+}
+
+// Foreign names what of others redirects connections in a network namespace: a
+// pod that Shunt knows nothing of may have been programmed by another.
+func (b *Backends) Foreign(ctx context.Context, netns string) ([]string, error) {
+	return b.foreign(ctx, netns)
 }
