@@ -96,7 +96,7 @@ type diagAnswer struct {
 // Attributes of the answer, and of the one that says what lies over TCP.
 const (
 	diagV6Only  = 11
-	diagULPInfo = 21
+	diagULPInfo = 19
 	ulpName     = 1
 )
 
@@ -116,9 +116,12 @@ func (n *Netns) listening(port uint16) (out []listening, err error) {
 		return nil, err
 	}
 	defer s.close()
-	const listen = 10 // TCP_LISTEN
+	const (
+		listen = 10           // TCP_LISTEN
+		info   = 1 << (2 - 1) // INET_DIAG_INFO, without which nothing is said of MPTCP
+	)
 	for _, family := range []uint8{unix.AF_INET, unix.AF_INET6} {
-		req := diagRequest{family: family, protocol: unix.IPPROTO_TCP, states: 1 << listen}
+		req := diagRequest{family: family, protocol: unix.IPPROTO_TCP, ext: info, states: 1 << listen}
 		body := unsafe.Slice((*byte)(unsafe.Pointer(&req)), unsafe.Sizeof(req))
 		err := s.request(unix.SOCK_DIAG_BY_FAMILY, unix.NLM_F_DUMP, body, func(m *syscall.NetlinkMessage) error {
 			if l, ok := parseListening(m.Data); ok && l.addr.Port() == port {

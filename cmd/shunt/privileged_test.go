@@ -220,6 +220,100 @@ func TestPrivilegedApply(t *testing.T) {
 	}
 }
 
+// TestPrivilegedStatus: what status says, in words and for machines, of a pod that
+// is well, of one that is not, and of none.
+func TestPrivilegedStatus(t *testing.T) {
+	for _, datapath := range []string{"ebpf", "iptables"} {
+		t.Run(datapath, func(t *testing.T) {
+			n, p, app := begin(t)
+			pod, conf := n.file(t, "pod.json", p.Injected()), n.conf(t, datapath)
+			name := p.Namespace + "/" + p.Name
+			status := func(exit int, text string, more ...string) string {
+				t.Helper()
+				return n.want(t, exit, text, append([]string{"status", "--netconf", conf}, more...)...)
+			}
+			decode := func(exit int, more ...string) (s nodeStatus) {
+				t.Helper()
+				d := json.NewDecoder(strings.NewReader(status(exit, "", append(more, "-o", "json")...)))
+				d.DisallowUnknownFields()
+				if err := d.Decode(&s); err != nil {
+					t.Errorf("status -o json: %v", err)
+				}
+				return s
+			}
+			status(0, "no pod is redirected here\n")
+			if s := decode(0); !s.AllWell || s.Pods == nil || len(s.Pods) != 0 {
+				t.Errorf("no pod: %+v", s)
+			}
+			status(1, "pod "+name+" is not redirected here", "--pod", name)
+			status(2, `--pod "reviews": expected NAMESPACE/NAME`, "--pod", "reviews")
+
+			n.want(t, 0, "is redirected", "apply", "--netns", p.NetnsPath(), "--netconf", conf, "--pod", pod)
+			startProxy(t, p)
+			for range 3 {
+				expectServed(t, app, "10.99.3.4:80", "out")
+			}
+			status(0, name)
+			status(0, "nothing is wrong\n")
+			status(0, "nothing is wrong\n", "--pod", name)
+			status(1, "is not redirected here", "--pod", p.Namespace+"/another")
+			s := decode(0, "--pod", name)
+			if len(s.Pods) != 1 || !s.AllWell {
+				t.Fatalf("%+v", s)
+			}
+			x := s.Pods[0]
+			if x.name() != name || x.Pod.UID != p.UID || x.attachment() != fmt.Sprintf("netns-%d@eth0", p.NetnsCookie(t)) || x.Datapath != datapath ||
+				x.Netns != p.NetnsPath() || x.Network != network || !x.Counted || len(x.Problems) != 0 || len(x.Hooks) == 0 || (len(x.Listeners) == 1) != (datapath == "ebpf") {
+				t.Errorf("%+v", x)
+			}
+			if len(x.Flows) != 1 || x.Flows[0] != (flowCount{"outbound", "out-include-cidr", 3}) {
+				t.Errorf("%+v", x.Flows)
+			}
+
+			// What somebody broke is told, and what is told mends it.
+			want := "rules-differ"
+			if datapath == "iptables" {
+				p.Command(t, "iptables", "-t", "nat", "-F")
+			} else {
+				want = "hook-missing"
+				links, err := filepath.Glob(n.bpfDir + "/cgroups/*/shunt_connect4")
+				if err != nil || len(links) != 1 {
+					t.Fatalf("links %v, %v", links, err)
+				}
+				if err := os.Remove(links[0]); err != nil {
+					t.Fatal(err)
+				}
+			}
+			status(6, "\nproblem  "+want+": ")
+			status(6, "\nproblem  "+want+": ", "--pod", name)
+			if s := decode(6); s.AllWell || len(s.Pods) != 1 || len(s.Pods[0].Problems) != 1 || s.Pods[0].Problems[0].Name != want {
+				t.Errorf("%+v", s)
+			}
+			status(6, "\nremedy   run `shunt apply --netns "+p.NetnsPath()+" --pod FILE`")
+			n.want(t, 0, "is redirected", "apply", "--netns", p.NetnsPath(), "--netconf", conf, "--pod", pod)
+			status(0, "nothing is wrong\n")
+
+			// A record that can't be read does not hide what can.
+			dir := map[string]string{"ebpf": "attachments", "iptables": "iptables"}[datapath]
+			bad := filepath.Join(n.runDir, dir, "x@eth0.json")
+			if err := os.WriteFile(bad, []byte("{"), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			if out := status(1, "it could not all be told: "); !strings.Contains(out, name) {
+				t.Errorf("beside a record that can't be read:\n%s", out)
+			}
+			if err := os.Remove(bad); err != nil {
+				t.Fatal(err)
+			}
+			n.want(t, 0, "removed", "remove", "--netns", p.NetnsPath(), "--netconf", conf)
+			status(0, "no pod is redirected here\n")
+			if left := n.left(t, p); len(left) > 0 {
+				t.Errorf("left behind: %q", left)
+			}
+		})
+	}
+}
+
 // TestPrivilegedSwitch: an app connects again and again while apply changes its
 // policy and its datapath. Not one connection goes around the proxy.
 func TestPrivilegedSwitch(t *testing.T) {
@@ -440,7 +534,7 @@ func TestPrivilegedRender(t *testing.T) {
 // TestPrivilegedExamples: the verbs that write do what help and documentation
 // show.
 func TestPrivilegedExamples(t *testing.T) {
-	n, p, _ := begin(t)
+	n, p, app := begin(t)
 	_ = n.conf(t, "auto")
 	meshed, err := os.ReadFile(filepath.Join(pods, "meshed.yaml"))
 	if err != nil {
@@ -448,6 +542,11 @@ func TestPrivilegedExamples(t *testing.T) {
 	}
 	pod := n.file(t, "meshed.yaml", []byte(strings.ReplaceAll(string(meshed), "5a0b5c2e-7f0d-4a43-8d0e-3f6b6f0e9a77", p.UID)))
 	instead := strings.NewReplacer("/run/netns/reviews", p.NetnsPath(), "meshed.yaml", pod)
+	back := strings.NewReplacer(fmt.Sprintf("netns-%d", p.NetnsCookie(t)), "netns-17", p.NetnsPath(), "/run/netns/reviews")
+	do := func(verb string) {
+		t.Helper()
+		n.want(t, 0, "", verb, "--netns", p.NetnsPath(), "--netconf", n.conf(t, "auto"), "--pod", pod)
+	}
 	tried := map[string]int{}
 	for _, e := range examples(t) {
 		if !e.root {
@@ -461,17 +560,30 @@ func TestPrivilegedExamples(t *testing.T) {
 			args[i] = instead.Replace(args[i])
 		}
 		if args[0] != "apply" { // help shows each verb alone
-			n.want(t, 0, "", "apply", "--netns", p.NetnsPath(), "--netconf", n.conf(t, "auto"), "--pod", pod)
+			do("apply")
+		}
+		if args[0] == "status" { // of a pod that has just come, and has made two connections and got one
+			if tried["status"] == 0 {
+				startProxy(t, p)
+			}
+			do("remove")
+			do("apply")
+			expectServed(t, app, "10.99.3.4:80", "out")
+			expectServed(t, app, "10.99.3.4:3306", "world")
+			if r := p.World.Dial(t, p.Addr4().String()+":9080"); r.Listener() != "in" {
+				t.Errorf("inbound: %+v", r)
+			}
 		}
 		out := n.want(t, 0, "", append(args, "--netconf", n.conf(t, "auto"))...)
-		e.compare(t, strings.ReplaceAll(out, fmt.Sprintf("netns-%d", p.NetnsCookie(t)), "netns-17"))
+		e.compare(t, back.Replace(out))
 		tried[args[0]]++
 	}
-	for _, verb := range []string{"apply", "check", "remove"} {
-		if tried[verb] != 2 {
-			t.Errorf("%s: %d examples in help and documentation, want 2", verb, tried[verb])
+	for verb, want := range map[string]int{"apply": 2, "check": 2, "remove": 2, "status": 3} {
+		if tried[verb] != want {
+			t.Errorf("%s: %d examples in help and documentation, want %d", verb, tried[verb], want)
 		}
 	}
+	do("remove")
 	if left := n.left(t, p); len(left) > 0 {
 		t.Errorf("left behind: %q", left)
 	}

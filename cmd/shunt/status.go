@@ -96,7 +96,7 @@ Exit status: 0 all is well; 6 something is wrong, and is told; 1 it failed, or a
 --pod names is not redirected here; 2 bad usage or input.`,
 		Example: `  # shunt status
   POD                               DATAPATH          HOOKS  LISTENERS  CONNECTIONS  PROBLEMS
-  shop/reviews-v1-7f99cc4496-xk2lp  ebpf (sk_lookup)  8/8    0/0        0            none
+  shop/reviews-v1-7f99cc4496-xk2lp  ebpf (sk_lookup)  8/8    1/1        3            none
   nothing is wrong`,
 	}
 	var confPath, pod string
