@@ -88,7 +88,7 @@ func readSmall(path string) ([]byte, error) {
 // warnOfKubeconfig says when pods that need the API server would fail.
 func warnOfKubeconfig(path string, log *slog.Logger) {
 	if err := kubeapi.CheckConfig(path); err != nil {
-		log.Warn("pods of the mesh can't be set up now: only pods that need no facts can", "error", err)
+		log.Warn("pods of the mesh can't be set up while the node agent does not answer: only pods that need no facts can", "error", err)
 	}
 }
 

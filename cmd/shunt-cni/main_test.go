@@ -94,7 +94,7 @@ func TestProcessErrors(t *testing.T) {
 		{"trailing", conf + `x`, attachment("ADD", pod), 6, ""},
 		{"old version", strings.Replace(conf, "1.1.0", "0.2.0", 1), attachment("ADD", pod), 1, "incompatible"},
 		{"unknown key", strings.Replace(conf, "bpfDir", "bpfdir", 1), attachment("ADD", pod), 7, `expected "bpfDir"`},
-		{"no kubeconfig", conf, attachment("ADD", pod), 11, "read kubeconfig /none/run/kubeconfig: open /none/run/kubeconfig: no such file"},
+		{"no kubeconfig", strings.Replace(conf, "{", `{"podFactsTimeout":"500ms",`, 1), attachment("ADD", pod), 11, "read kubeconfig /none/run/kubeconfig: open /none/run/kubeconfig: no such file"},
 		{"container id", conf, append(attachment("ADD", pod), "CNI_CONTAINERID=../x"), 4, "containerID"},
 		{"interface", conf, append(attachment("ADD", pod), "CNI_IFNAME=a/b"), 4, "interface name"},
 		{"no netns", conf, append(attachment("ADD", pod), "CNI_NETNS="), 4, "CNI_NETNS"},

@@ -675,11 +675,11 @@ func TestStatus(t *testing.T) {
 		want    string
 		logged  string
 	}{
-		{name: "no kubeconfig", logged: "pods of the mesh can't be set up now"},
+		{name: "no kubeconfig", logged: "pods of the mesh can't be set up while the node agent does not answer"},
 		{name: "configuration", conf: []string{`"x":1`}, code: 7, want: "no such key"},
 		{name: "iptables needs no cgroup2", conf: []string{`"datapath":"iptables"`}, prepare: func(b *bed) {
 			b.cgroupRoot = func(string) (string, error) { return "", errors.New("cgroup2 is mounted nowhere") }
-		}, logged: "pods of the mesh can't be set up now"},
+		}, logged: "pods of the mesh can't be set up while the node agent does not answer"},
 		{name: "no cgroup2", prepare: func(b *bed) {
 			b.cgroupRoot = func(string) (string, error) { return "", errors.New("cgroup2 is mounted nowhere") }
 		}, logged: "msg=\"pods are redirected by iptables\" command=STATUS reason=no-cgroup2 error=\"cgroup2 is mounted nowhere"},

@@ -60,7 +60,7 @@ func (a *account) may(q *query) error {
 		scope = fmt.Sprintf("in the namespace %q", q.namespace)
 	}
 	return apierrors.NewForbidden(schema.GroupResource{Group: q.group, Resource: q.resource}, q.name,
-		fmt.Errorf("User %q cannot %s resource %q in API group %q %s", a.user, q.verb, q.fullResource(), q.group, scope)) //nolint:revive,staticcheck // the API server's words
+		fmt.Errorf("User %q cannot %s resource %q in API group %q %s", a.user, q.verb, q.fullResource(), q.group, scope)) //nolint:staticcheck // the API server's words
 }
 
 func (q *query) fullResource() string {

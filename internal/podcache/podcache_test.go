@@ -254,7 +254,7 @@ func TestAnswers(t *testing.T) {
 	n.eventually(func() error {
 		pod, err := n.ask("a", "2")
 		if err != nil || pod.UID != "2" {
-			return fmt.Errorf("got %+v, %v", pod, err)
+			return fmt.Errorf("got %+v: %w", pod, err)
 		}
 		return nil
 	})

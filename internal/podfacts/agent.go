@@ -46,6 +46,10 @@ func NewAgent(runDir string) *Agent { return &Agent{path: filepath.Join(runDir, 
 
 func (a *Agent) String() string { return "the node agent by " + a.path }
 
+// errNoAgent is worth another try: after a reboot the kubelet starts pods and
+// the agent at the same time.
+var errNoAgent = fmt.Errorf("%w: it does not run, or is not ready", fs.ErrNotExist)
+
 // Pod asks the agent once, and waits agentTimeout at most, or until ctx's
 // deadline.
 func (a *Agent) Pod(ctx context.Context, namespace, name, uid string) (*redirect.Pod, error) {
@@ -56,6 +60,9 @@ func (a *Agent) Pod(ctx context.Context, namespace, name, uid string) (*redirect
 	// An agent that is not there is told by one system call.
 	var st unix.Stat_t
 	if err := unix.Lstat(a.path, &st); err != nil {
+		if errors.Is(err, unix.ENOENT) {
+			return nil, errNoAgent
+		}
 		return nil, &fs.PathError{Op: "lstat", Path: a.path, Err: err}
 	}
 	conn, err := dialRoot(a.path, deadline)
@@ -166,11 +173,10 @@ func (c *conn) retry(option int, call func() error) error {
 			return fmt.Errorf("set a timeout: %w", err)
 		}
 		err := call()
-		switch err {
-		case unix.EINTR:
-		case unix.EAGAIN:
+		switch {
+		case errors.Is(err, unix.EAGAIN):
 			return os.ErrDeadlineExceeded
-		default:
+		case !errors.Is(err, unix.EINTR):
 			return err
 		}
 	}
