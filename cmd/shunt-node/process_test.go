@@ -1,0 +1,282 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"bytes"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	appsv1 "k8s.io/api/apps/v1"
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"shunt.dev/shunt/internal/fakekube"
+	"shunt.dev/shunt/internal/testbed"
+)
+
+// These tests run shunt-node as a process, on directories of their own and with
+// an API server that lets it do what the chart allows.
+
+// TestProcessLife: an agent starts, is ready, serves, and is replaced by another.
+func TestProcessLife(t *testing.T) {
+	t.Parallel()
+	b := newBed(t)
+	b.kube.Set(&corev1.Pod{ObjectMeta: metav1.ObjectMeta{Namespace: "shop", Name: "p"}, Spec: corev1.PodSpec{NodeName: nodeName}})
+	a := b.start()
+	a.ready()
+	b.expectInstalled()
+	_, body := a.get("health", "/readyz")
+	for _, want := range []string{
+		"[ok ] netconf: " + filepath.Join(b.etc, "netconf.json") + " is in force",
+		"[ok ] install: the plugin is in " + filepath.Join(b.conf, confName) + " since ",
+		"[ok ] datapath: ",
+		"[ok ] pods: 1 pods of node node-1 are known",
+	} {
+		if !strings.Contains(body, want) {
+			t.Errorf("/readyz lacks %q:\n%s", want, body)
+		}
+	}
+	if code, body := a.get("health", "/healthz"); code != http.StatusOK || body != "ok\n" {
+		t.Errorf("/healthz: %d, %s", code, body)
+	}
+	_, body = a.get("metrics", "/metrics")
+	for _, want := range []string{
+		"shunt_install_ready 1\n", `shunt_install_total{result="installed"} 1` + "\n", `shunt_pods{backend="ebpf"} 0` + "\n",
+		`shunt_pods{backend="iptables"} 0` + "\n", "go_goroutines ", "process_start_time_seconds ",
+	} {
+		if !strings.Contains(body, want) {
+			t.Errorf("/metrics lacks %q", want)
+		}
+	}
+	a.end()
+	b.expectInstalled()
+	a.expectLog("the agent ends; the plugin stays", "is for every node")
+	before := b.read(filepath.Join(b.conf, confName))
+	a = b.start()
+	a.ready()
+	a.end()
+	if now := b.read(filepath.Join(b.conf, confName)); now != before {
+		t.Errorf("the second agent has changed the configuration:\n%s\nto\n%s", before, now)
+	}
+}
+
+// TestProcessEnd: what becomes of the plugin when the agent is told to end.
+func TestProcessEnd(t *testing.T) {
+	t.Parallel()
+	remove := func(b *bed) { fakekube.Remove[*appsv1.DaemonSet](b.kube, "shunt", "shunt-node") }
+	for _, tc := range []struct {
+		name string
+		then func(b *bed, a *agentProcess)
+		gone bool
+		log  []string
+	}{
+		{"deleted", func(b *bed, _ *agentProcess) { remove(b) }, true, []string{"the plugin goes", "is deleted"}},
+		{"deleted with its rights", func(b *bed, a *agentProcess) {
+			remove(b)
+			a.expectLog("DaemonSet is deleted")
+			b.kube.RevokeToken(token)
+		}, true, []string{"the plugin goes", "is deleted"}},
+		{"selects other nodes", func(b *bed, _ *agentProcess) {
+			fakekube.Update(b.kube, "shunt", "shunt-node", func(d *appsv1.DaemonSet) {
+				d.Spec.Template.Spec.NodeSelector = map[string]string{"pool": "other"}
+			})
+		}, true, []string{"the plugin goes", "does not select node node-1"}},
+		{"upgraded", func(b *bed, _ *agentProcess) {
+			fakekube.Update(b.kube, "shunt", "shunt-node", func(d *appsv1.DaemonSet) {
+				d.Spec.Template.Spec.Containers = []corev1.Container{{Name: "agent", Image: "shunt:next"}}
+			})
+		}, false, []string{"the plugin stays"}},
+		{"the API server is down", func(b *bed, _ *agentProcess) { b.kube.Down() }, false, []string{"level=WARN", "can't be told", "shunt-node uninstall", "refused"}},
+		{"no rights any more", func(b *bed, _ *agentProcess) { b.kube.RevokeToken(token) }, false, []string{"can't be told", "Unauthorized"}},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			t.Parallel()
+			b := newBed(t)
+			a := b.start()
+			a.ready()
+			testbed.Eventually(t, "the watches", func() bool { return b.kube.Watches() == 2 })
+			tc.then(b, a)
+			a.end()
+			a.expectLog(tc.log...)
+			if tc.gone {
+				b.expectGone()
+			} else {
+				b.expectInstalled()
+			}
+		})
+	}
+}
+
+// TestProcessAPIDown: an agent that starts while the API server is down installs
+// the plugin: a pod of the mesh then fails and is tried again, in place of one
+// that goes around its proxy.
+func TestProcessAPIDown(t *testing.T) {
+	t.Parallel()
+	b := newBed(t)
+	b.kube.Down()
+	a := b.start()
+	a.readyz(http.StatusServiceUnavailable, "[ok ] install: ")
+	a.readyz(http.StatusServiceUnavailable, "[NOT] pods: the node's pods have not been listed yet")
+	b.expectInstalled()
+	if code, body := a.get("health", "/healthz"); code != http.StatusOK {
+		t.Errorf("/healthz: %d, %s", code, body)
+	}
+	if err := b.kube.Up(); err != nil {
+		t.Fatal(err)
+	}
+	a.ready()
+	b.kube.Down()
+	a.ready() // it knows its pods
+	a.end()
+	b.expectInstalled()
+}
+
+// TestProcessNetconf: the netconf in force is the last valid one.
+func TestProcessNetconf(t *testing.T) {
+	t.Parallel()
+	b := newBed(t)
+	b.write(filepath.Join(b.etc, "netconf.json"), `{"type": "shunt-cni", "datapath": "bpf"}`)
+	a := b.start()
+	a.readyz(http.StatusServiceUnavailable, `[NOT] netconf: `+filepath.Join(b.etc, "netconf.json")+`: parse network configuration: datapath: "bpf" is not one of`)
+	a.readyz(http.StatusServiceUnavailable, `[NOT] install: there is no valid netconf`)
+	a.expectLog("level=ERROR", "the netconf is refused", "datapath")
+	if b.entry() != nil {
+		t.Error("it is installed")
+	}
+	b.netconf("")
+	a.ready()
+	b.expectInstalled()
+
+	expect := func(level any) {
+		t.Helper()
+		testbed.Eventually(t, "the entry to change", func() bool { return b.entry()["logLevel"] == level })
+		a.ready()
+	}
+	b.netconf(`"logLevel": "debug"`)
+	expect("debug")
+	b.netconf(`"logLevel": "loud"`)
+	a.readyz(http.StatusServiceUnavailable, "the configuration before stays in force")
+	b.expectInstalled()
+	if got := b.entry()["logLevel"]; got != "debug" {
+		t.Errorf("logLevel of the entry is %v", got)
+	}
+	b.netconf(`"logLevel": "info"`)
+	expect("info")
+	if n := a.logged("the netconf is refused"); n != 2 {
+		t.Errorf("refused %d times in the log", n)
+	}
+	a.end()
+}
+
+// TestProcessSecondSignal: the second signal ends the agent at once.
+func TestProcessSecondSignal(t *testing.T) {
+	t.Parallel()
+	b := newBed(t)
+	a := b.start()
+	a.ready()
+	testbed.Eventually(t, "the watches", func() bool { return b.kube.Watches() == 2 })
+	b.kube.Fail(fakekube.Fault{Resource: "daemonsets", Hang: true})
+	asked := len(b.kube.Requests())
+	a.signal(syscall.SIGTERM)
+	testbed.Eventually(t, "the question", func() bool { return len(b.kube.Requests()) > asked })
+	began := time.Now()
+	a.signal(syscall.SIGTERM)
+	if code := a.wait(); code != exitFailed {
+		t.Errorf("it ended with %d", code)
+	}
+	if took := time.Since(began); took > time.Second {
+		t.Errorf("it took %v", took)
+	}
+	b.expectInstalled()
+}
+
+// TestProcessUninstall: by hand, while no agent runs.
+func TestProcessUninstall(t *testing.T) {
+	t.Parallel()
+	b := newBed(t)
+	a := b.start()
+	a.ready()
+	a.end()
+	b.expectInstalled()
+	for range 2 {
+		if out, err := b.command(append([]string{"uninstall"}, b.pathFlags()...)...).CombinedOutput(); err != nil {
+			t.Errorf("%v: %s", err, out)
+		}
+		b.expectGone()
+	}
+}
+
+// TestProcessGone: where only a new process can go on, the agent ends, and says
+// why.
+func TestProcessGone(t *testing.T) {
+	t.Parallel()
+	b := newBed(t)
+	a := b.start()
+	a.ready()
+	if err := os.RemoveAll(b.conf); err != nil {
+		t.Fatal(err)
+	}
+	// The directory stays there for a process in which it is mounted; this one
+	// looks by its name.
+	a.readyz(http.StatusServiceUnavailable, "[NOT] install: ")
+	if code, _ := a.get("health", "/healthz"); code != http.StatusOK {
+		t.Errorf("/healthz: %d", code)
+	}
+	if err := os.Mkdir(b.conf, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	b.write(filepath.Join(b.conf, confName), foreign)
+	a.ready()
+	b.expectInstalled()
+}
+
+func TestRun(t *testing.T) {
+	agent := []string{"agent", "--namespace=shunt", "--node=n"}
+	getenv := func(string) string { return "" }
+	for _, tc := range []struct {
+		name string
+		args []string
+		code int
+		want string
+	}{
+		{"nothing", nil, exitUsage, "usage: shunt-node COMMAND"},
+		{"unknown", []string{"install"}, exitUsage, "usage: shunt-node COMMAND"},
+		{"help", []string{"help"}, 0, "uninstall"},
+		{"version", []string{"version"}, 0, "shunt-node dev, BPF digest "},
+		{"flags", []string{"agent", "-h"}, 0, "-cni-conf-file-name"},
+		{"unknown flag", []string{"agent", "--nope"}, exitUsage, "not defined: -nope"},
+		{"argument", append(agent, "now"), exitUsage, `unexpected argument "now"`},
+		{"no namespace", []string{"agent", "--node=n"}, exitUsage, "$POD_NAMESPACE"},
+		{"no node", []string{"agent", "--namespace=shunt"}, exitUsage, "$NODE_NAME"},
+		{"relative", append(agent, "--run-dir=run"), exitUsage, `--run-dir: "run" is not an absolute path`},
+		{"level", append(agent, "--log-level=loud"), exitUsage, `--log-level: "loud" is not debug`},
+		{"no pod", agent, exitFailed, "outside of a pod, give --kubeconfig"},
+		{"no kubeconfig", append(agent, "--kubeconfig=/none/such"), exitFailed, "--kubeconfig: "},
+		{"uninstall, relative", []string{"uninstall", "--cni-bin-dir=bin"}, exitUsage, "--cni-bin-dir"},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			var out bytes.Buffer
+			if code := run(tc.args, getenv, &out, &out); code != tc.code || !strings.Contains(out.String(), tc.want) {
+				t.Errorf("%d: %s", code, out.String())
+			}
+		})
+	}
+}
+
+// TestKubeconfigOfFiles: the plugin's kubeconfig is made of files, so that it can
+// follow them.
+func TestKubeconfigOfFiles(t *testing.T) {
+	kube := fakekube.Start(t)
+	path := kube.WriteKubeconfig(t, t.TempDir())
+	var out bytes.Buffer
+	if code := run([]string{"agent", "--namespace=shunt", "--node=n", "--kubeconfig=" + path, "--run-dir=" + t.TempDir()},
+		func(string) string { return "" }, &out, &out); code != exitFailed || !strings.Contains(out.String(), "expected a user with tokenFile") {
+		t.Errorf("%d: %s", code, out.String())
+	}
+}
