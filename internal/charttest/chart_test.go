@@ -291,7 +291,7 @@ func checkSecurity(t *testing.T, o *objects) {
 	}
 	needs := map[string][]corev1.Capability{"agent": {"BPF", "NET_ADMIN", "PERFMON"}, "repair": nil}
 	if mends {
-		needs["repair"] = []corev1.Capability{"BPF", "NET_ADMIN", "NET_RAW", "PERFMON", "SYS_ADMIN", "SYS_PTRACE"}
+		needs["repair"] = []corev1.Capability{"DAC_READ_SEARCH", "NET_ADMIN", "NET_RAW", "SYS_ADMIN", "SYS_PTRACE"}
 	}
 	for _, c := range pod.Containers {
 		sc := c.SecurityContext
@@ -315,7 +315,7 @@ func checkSecurity(t *testing.T, o *objects) {
 	}
 	agent := o.container("agent")
 	for _, m := range agent.VolumeMounts {
-		if m.Name == "cri" || m.Name == "netns" {
+		if m.Name == "cri" || m.Name == "netns" || m.Name == "cgroup" {
 			t.Errorf("the agent mounts %s", m.Name)
 		}
 	}
@@ -350,7 +350,7 @@ func TestDefaultPod(t *testing.T) {
 	}
 	wantPaths := map[string]string{
 		"netconf": "", "cni-bin": "/opt/cni/bin", "cni-conf": "/etc/cni/net.d", "run": "/run/shunt", "bpffs": "/sys/fs/bpf",
-		"cgroup": "/sys/fs/cgroup", "netns": "/run/netns", "cri": "/run/containerd",
+		"cni-cache": "/var/lib/cni", "cgroup": "/sys/fs/cgroup", "netns": "/run/netns", "cri": "/run/containerd",
 	}
 	gotPaths := map[string]string{}
 	for _, v := range pod.Volumes {
@@ -369,7 +369,7 @@ func TestDefaultPod(t *testing.T) {
 			if want := m.Name == "bpffs" || m.Name == "cgroup" || m.Name == "netns"; propagates != want {
 				t.Errorf("container %s, mount %s: HostToContainer is %v", c.Name, m.Name, propagates)
 			}
-			if want := m.Name == "netconf" || m.Name == "cgroup" || m.Name == "netns" || m.Name == "cri"; m.ReadOnly != want {
+			if want := m.Name == "netconf" || m.Name == "cni-cache" || m.Name == "cgroup" || m.Name == "netns" || m.Name == "cri"; m.ReadOnly != want {
 				t.Errorf("container %s, mount %s: read-only is %v", c.Name, m.Name, m.ReadOnly)
 			}
 		}
@@ -496,7 +496,7 @@ func TestRBAC(t *testing.T) {
 	rule := func(group, resource string, verbs ...string) rbacv1.PolicyRule {
 		return rbacv1.PolicyRule{APIGroups: []string{group}, Resources: []string{resource}, Verbs: verbs}
 	}
-	events := rule("", "events", "create", "patch")
+	events := rule("", "events", "create")
 	want := map[string][]rbacv1.PolicyRule{
 		"repair: off":           nil,
 		"repair: all":           {events, rule("", "pods", "delete")},
@@ -513,7 +513,7 @@ func TestRBAC(t *testing.T) {
 	for mode, r := range repairModes {
 		t.Run(mode, func(t *testing.T) {
 			o := decode(t, render(t, values{"repair": r}).Manifest)
-			wantRoles := map[string][]rbacv1.PolicyRule{"shunt-node": {rule("", "pods", "get", "list", "watch")}}
+			wantRoles := map[string][]rbacv1.PolicyRule{"shunt-node": {rule("", "pods", "get", "list", "watch"), rule("", "nodes", "get")}}
 			if mode != "repair: off" {
 				wantRoles["shunt-node-repair"] = want[mode]
 			}
@@ -599,7 +599,7 @@ func TestNotes(t *testing.T) {
 // flagsOf are the flags of cmd/shunt-node that the chart may use.
 var flagsOf = map[string][]string{
 	"agent": {
-		"netconf", "cni-bin-dir", "cni-conf-dir", "cni-conf-file-name", "chained", "run-dir", "binaries-dir", "daemonset", "namespace",
+		"netconf", "cni-bin-dir", "cni-conf-dir", "cni-cache-dir", "cni-conf-file-name", "chained", "run-dir", "binaries-dir", "daemonset", "namespace",
 		"node", "kubeconfig", "log-level", "metrics-address", "health-address",
 	},
 	"repair": {

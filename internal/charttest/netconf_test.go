@@ -72,7 +72,7 @@ func TestNetconfKeys(t *testing.T) {
 
 func TestNetconfAllSet(t *testing.T) {
 	got := netconfOf(t, decode(t, render(t, values{
-		"logLevel": "debug", "runDir": "/srv/run/", "bpfDir": "/sys/fs/bpf/other", "cgroupRoot": "/sys/fs/cgroup/unified",
+		"logLevel": "debug", "runDir": "/srv/run", "bpfDir": "/sys/fs/bpf/other", "cgroupRoot": "/sys/fs/cgroup/unified",
 		"excludeNamespaces": []string{"istio-system", "a"}, "datapath": "ebpf", "inboundHook": "tc", "iptablesBackend": "nft",
 		"includeInboundPortsDefault": "*", "nativeRuntimeClasses": []string{"nvidia", "crun.v2"}, "podFactsTimeout": "1m30s",
 		"proxy": values{
@@ -121,7 +121,7 @@ func TestSchemaAgreesWithPlugin(t *testing.T) {
 		"proxy.dnsPort":              {[]any{1, 53, 65535}, []any{0, 65536, nil, 15001, 15006, 15008}},
 		"proxy.excludeInboundPorts":  {[]any{[]int{}, []int{1, 65535}, []int{15001}}, []any{[]int{0}, []int{65536}, 80, []string{"80"}, nil, "80"}},
 		"proxy.other":                {nil, []any{1, "a"}},
-		"runDir":                     {[]any{"/run/shunt", "/a", "/a/", "/a/..b", "/.a/b"}, paths[:4]},
+		"runDir":                     {[]any{"/run/shunt", "/a", "/a/..b", "/.a/b"}, slices.Concat(paths[:4], []any{"/a/", "/a/./b", "/a//b"})},
 		"bpfDir":                     {[]any{"/sys/fs/bpf/shunt", "/a/b"}, slices.Concat(paths[:5], []any{"/a/../b"})},
 		"cgroupRoot":                 {[]any{"", "/sys/fs/cgroup", "/a"}, []any{"a", "/a/../b", "/..", 5}},
 	} {

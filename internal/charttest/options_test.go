@@ -31,6 +31,7 @@ var options = []struct {
 	{"excludeNamespaces-none", values{"excludeNamespaces": []string{}}, []string{`"excludeNamespaces": [],`}},
 	{"cniBinDir", values{"cniBinDir": "/srv/bin"}, []string{"hostPath: {path: /srv/bin, type: DirectoryOrCreate}"}},
 	{"cniConfDir", values{"cniConfDir": "/srv/conf"}, []string{"hostPath: {path: /srv/conf, type: DirectoryOrCreate}"}},
+	{"cniCacheDir", values{"cniCacheDir": "/srv/cni"}, []string{"hostPath: {path: /srv/cni, type: DirectoryOrCreate}"}},
 	{"cniConfFileName", values{"cniConfFileName": "10-calico.conflist"}, []string{"- --cni-conf-file-name=10-calico.conflist"}},
 	{"chained", values{"chained": false, "cniConfFileName": "shunt-cni.conf"}, []string{"- --chained=false", `"name": "shunt-cni",`, `"cniVersion": "1.1.0",`}},
 	{"psp_cluster_role", values{"psp_cluster_role": "psp:privileged"}, []string{"name: shunt-node-psp", "name: psp:privileged"}},

@@ -50,6 +50,7 @@ platform's, else the default. Names as in files/platforms.yaml.
 {{- $own := dict
     "cniBinDir" .Values.cniBinDir
     "cniConfDir" .Values.cniConfDir
+    "cniCacheDir" .Values.cniCacheDir
     "cniConfFileName" .Values.cniConfFileName
     "seccompProfile" .Values.seccompProfile
     "seLinuxOptions" .Values.seLinuxOptions
@@ -121,7 +122,7 @@ chain. Alone in a file, it needs a name and a version of its own.
 
 {{- define "shunt.repairNeeds" -}}
 {{- if eq (include "shunt.mends" .) "true" -}}
-[BPF, NET_ADMIN, NET_RAW, PERFMON, SYS_ADMIN, SYS_PTRACE]
+[DAC_READ_SEARCH, NET_ADMIN, NET_RAW, SYS_ADMIN, SYS_PTRACE]
 {{- else -}}
 []
 {{- end -}}
@@ -181,7 +182,6 @@ readinessProbe:
 {{- define "shunt.datapathMounts" -}}
 - {name: run, mountPath: {{ .Values.runDir }}}
 - {name: bpffs, mountPath: {{ include "shunt.bpffs" . }}, mountPropagation: HostToContainer}
-- {name: cgroup, mountPath: {{ include "shunt.cgroupMount" . }}, mountPropagation: HostToContainer, readOnly: true}
 {{- end }}
 
 {{- define "shunt.podAnnotations" -}}

@@ -298,11 +298,11 @@ func (h *host) describe(t tree, files []string) error {
 	}
 	used := map[string]bool{}
 	for _, name := range files {
-		real, err := filepath.EvalSymlinks(filepath.Join(h.root, name))
+		target, err := filepath.EvalSymlinks(filepath.Join(h.root, name))
 		if err != nil {
 			return err
 		}
-		rel, err := filepath.Rel(h.root, real)
+		rel, err := filepath.Rel(h.root, target)
 		if err != nil {
 			return err
 		}
