@@ -17,9 +17,11 @@ import (
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/client-go/kubernetes"
+	"k8s.io/client-go/tools/cache"
 	"k8s.io/client-go/util/flowcontrol"
 	"k8s.io/client-go/util/workqueue"
 
+	"shunt.dev/shunt/internal/podcache"
 	"shunt.dev/shunt/redirect"
 )
 
@@ -77,7 +79,7 @@ type healer interface {
 // A controller looks after the pods of one node.
 type controller struct {
 	Options
-	pods    *pods
+	pods    *podcache.Cache
 	heal    healer
 	api     *apiWriter
 	events  *eventWriter
@@ -97,7 +99,7 @@ type controller struct {
 func newController(opts Options, heal healer, m *metrics) *controller {
 	c := &controller{
 		Options: opts, heal: heal, metrics: m,
-		pods:    newPods(opts.Client, opts.Node, opts.Log),
+		pods:    podcache.New(podcache.Options{Client: opts.Client, Node: opts.Node, Log: opts.Log}),
 		api:     &apiWriter{client: opts.Client, limit: flowcontrol.NewTokenBucketRateLimiter(opts.qps, opts.burst), timeout: opts.callTime},
 		queue:   workqueue.NewTypedDelayingQueue[key](),
 		backOff: workqueue.NewTypedItemExponentialFailureRateLimiter[key](opts.retryFirst, opts.retryMost),
@@ -114,13 +116,13 @@ func newController(opts Options, heal healer, m *metrics) *controller {
 
 // run looks after the node's pods until ctx ends.
 func (c *controller) run(ctx context.Context) {
-	c.pods.handle(c.notice)
+	c.pods.AddEventHandler(handler(c.notice))
 	var wg, saying sync.WaitGroup
 	// What was said before the end is still written, if that takes not long.
 	said, stop := context.WithCancel(context.WithoutCancel(ctx))
 	defer stop()
 	saying.Go(func() { c.events.run(said) })
-	wg.Go(func() { c.pods.run(ctx) })
+	wg.Go(func() { c.pods.Inform(ctx) })
 	for range c.workers {
 		wg.Go(func() {
 			for c.next(ctx) {
@@ -137,9 +139,23 @@ func (c *controller) run(ctx context.Context) {
 	saying.Wait()
 }
 
+// handler has f be told of each pod that there is, of what changes, and of each
+// that is gone.
+func handler(f func(pod *corev1.Pod)) cache.ResourceEventHandler {
+	tell := func(obj any) {
+		if last, ok := obj.(cache.DeletedFinalStateUnknown); ok {
+			obj = last.Obj
+		}
+		if pod, ok := obj.(*corev1.Pod); ok {
+			f(pod)
+		}
+	}
+	return cache.ResourceEventHandlerFuncs{AddFunc: tell, UpdateFunc: func(_, now any) { tell(now) }, DeleteFunc: tell}
+}
+
 // notice is told of each pod, also of one that is gone.
 func (c *controller) notice(pod *corev1.Pod) {
-	if now := c.pods.get(pod.Namespace, pod.Name); now == nil || now.UID != pod.UID {
+	if now := c.pods.Get(pod.Namespace, pod.Name); now == nil || now.UID != pod.UID {
 		c.mu.Lock()
 		defer c.mu.Unlock()
 		delete(c.done, pod.UID)
@@ -171,7 +187,7 @@ func (c *controller) next(ctx context.Context) bool {
 
 // treat does for a broken pod what is to be done. An error is tried again.
 func (c *controller) treat(ctx context.Context, k key) error {
-	pod := c.pods.get(k.namespace, k.name)
+	pod := c.pods.Get(k.namespace, k.name)
 	if pod == nil || pod.UID != k.uid {
 		return nil
 	}
@@ -191,7 +207,7 @@ func (c *controller) treat(ctx context.Context, k key) error {
 		return nil
 	}
 	if err != nil { // nor would another pod of its kind come up
-		return c.failure(pod, cmp.Or(c.kindFor(pod), kindRepair), "RedirectionRepairFailed", err)
+		return c.failure(pod, cmp.Or(c.kindFor(pod), kindRepair), err)
 	}
 	switch c.kindFor(pod) {
 	case kindRepair:
@@ -235,7 +251,7 @@ func (c *controller) repair(ctx context.Context, pod *corev1.Pod) error {
 		c.Log.Info("a pod without redirection has no sandbox to mend", "pod", nameOf(pod))
 		return err
 	case err != nil:
-		return c.failure(pod, kindRepair, "RedirectionRepairFailed", err)
+		return c.failure(pod, kindRepair, err)
 	case already:
 		c.Log.Info("a pod that failed its validation is redirected by now", "pod", nameOf(pod))
 		c.metrics.count(kindRepair, resultAlready)
@@ -264,7 +280,7 @@ func (c *controller) delete(ctx context.Context, pod *corev1.Pod) error {
 	case apierrors.IsConflict(err):
 		return c.stale(pod, err)
 	case err != nil:
-		return c.failure(pod, kindDelete, "RedirectionRepairFailed", err)
+		return c.failure(pod, kindDelete, err)
 	}
 	c.Log.Info("a pod without redirection was "+how, "pod", nameOf(pod), "uid", pod.UID)
 	c.metrics.count(kindDelete, resultOK)
@@ -288,7 +304,7 @@ func (c *controller) label(ctx context.Context, pod *corev1.Pod) error {
 	case apierrors.IsConflict(err):
 		return c.stale(pod, err)
 	case err != nil:
-		return c.failure(pod, kindLabel, "RedirectionRepairFailed", err)
+		return c.failure(pod, kindLabel, err)
 	}
 	c.Log.Info("a pod without redirection was labelled", "pod", nameOf(pod), "uid", pod.UID)
 	c.metrics.count(kindLabel, resultOK)
@@ -306,7 +322,7 @@ func (c *controller) stale(pod *corev1.Pod, err error) error {
 
 // failure tells of an attempt that has failed: each in the metric, and by event
 // and as a warning what was not told last.
-func (c *controller) failure(pod *corev1.Pod, k kind, reason string, err error) error {
+func (c *controller) failure(pod *corev1.Pod, k kind, err error) error {
 	c.metrics.count(k, resultFailed)
 	text := err.Error()
 	c.mu.Lock()
@@ -318,7 +334,7 @@ func (c *controller) failure(pod *corev1.Pod, k kind, reason string, err error) 
 		return err
 	}
 	c.Log.Warn("a pod without redirection could not be dealt with; it is tried again", "type", k, "pod", nameOf(pod), "error", err)
-	c.events.say(pod, corev1.EventTypeWarning, reason, fmt.Sprintf("%s: %s; it is tried again", k, oneLine(text)))
+	c.events.say(pod, corev1.EventTypeWarning, "RedirectionRepairFailed", fmt.Sprintf("%s: %s; it is tried again", k, oneLine(text)))
 	return err
 }
 
@@ -347,7 +363,7 @@ func (c *controller) sweeps(ctx context.Context) {
 			return
 		case <-tick.C:
 		}
-		if c.pods.synced() {
+		if c.pods.Synced() {
 			c.sweep(ctx)
 		}
 	}
@@ -357,7 +373,7 @@ func (c *controller) sweeps(ctx context.Context) {
 // it looks at again after a while: a sandbox may be just being taken down.
 func (c *controller) sweep(ctx context.Context) {
 	suspects := map[key]state{}
-	for _, pod := range c.pods.all() {
+	for _, pod := range c.pods.Pods() {
 		if broken, _ := c.Broken(pod); broken || !c.Running(pod, time.Now(), c.grace) || ctx.Err() != nil {
 			continue
 		}
@@ -372,7 +388,7 @@ func (c *controller) sweep(ctx context.Context) {
 		case <-time.After(c.settle):
 		}
 		for k, before := range suspects {
-			pod := c.pods.get(k.namespace, k.name)
+			pod := c.pods.Get(k.namespace, k.name)
 			if pod == nil || pod.UID != k.uid || !c.Running(pod, time.Now(), c.grace) || ctx.Err() != nil {
 				continue
 			}
@@ -464,7 +480,7 @@ func (c *controller) report(ctx context.Context, pod *corev1.Pod, how state) {
 	switch {
 	case errors.Is(err, errNoSandbox):
 	case err != nil:
-		_ = c.failure(pod, k, "RedirectionRepairFailed", err) // the next sweep tries again
+		_ = c.failure(pod, k, err) // the next sweep tries again
 	case already:
 		c.metrics.count(k, resultAlready)
 	default:

@@ -538,7 +538,7 @@ func TestAnother(t *testing.T) {
 	lift()
 	eventually(t, "the end of it", func() bool {
 		w.settled(t)
-		pod := w.pods.get("shop", "x")
+		pod := w.pods.Get("shop", "x")
 		return pod != nil && pod.UID == "uid-another" && w.queue.Len() == 0
 	})
 	if pod, ok := fakekube.Get[*corev1.Pod](kube, "shop", "x"); !ok || pod.UID != "uid-another" {

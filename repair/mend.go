@@ -14,6 +14,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"time"
 
 	corev1 "k8s.io/api/core/v1"
 
@@ -27,6 +28,12 @@ import (
 // configuration has none (it is an entry of a conflist). No CNI network can have
 // it, so no runtime's GC takes them for its own; DEL ends them by their ID.
 const network = "shunt repair"
+
+// How long one pod may take, of which most is waiting for the node's lock.
+const (
+	lookTime = 30 * time.Second
+	mendTime = time.Minute
+)
 
 // A programmer is the node's backends.
 type programmer interface {
@@ -52,7 +59,8 @@ type mender struct {
 	find sandboxes
 	node programmer
 
-	mu sync.Mutex
+	mu   sync.Mutex
+	gone map[redirect.Attachment]bool // that tidy has missed once
 }
 
 // A state is how a pod that is to be redirected is.
@@ -195,6 +203,8 @@ func interfaceOf(pod *corev1.Pod) string {
 func (m *mender) look(ctx context.Context, pod *corev1.Pod) (*patient, state, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	ctx, cancel := context.WithTimeout(ctx, lookTime)
+	defer cancel()
 	return m.lookLocked(ctx, pod, false)
 }
 
@@ -246,6 +256,8 @@ func exists(path string) bool {
 func (m *mender) mend(ctx context.Context, pod *corev1.Pod, others bool) (by redirect.Choice, already bool, err error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	ctx, cancel := context.WithTimeout(ctx, mendTime)
+	defer cancel()
 	p, how, err := m.lookLocked(ctx, pod, others)
 	switch how {
 	case stateGood:
@@ -266,17 +278,17 @@ func (m *mender) mend(ctx context.Context, pod *corev1.Pod, others bool) (by red
 	if err == nil && again.ID == p.box.ID {
 		return by, false, nil
 	}
-	if err == nil {
-		err = errors.New("the pod has another sandbox by now")
-	}
-	if !errors.Is(err, errNoSandbox) && again == nil {
+	if err != nil && !errors.Is(err, errNoSandbox) {
 		return by, false, nil // it can't be told: what is programmed is right for what was there
 	}
-	return by, false, errors.Join(fmt.Errorf("it was undone, because the sandbox has ended: %w", err), m.node.Remove(ctx, p.target.Attachment))
+	err = m.node.Remove(ctx, p.target.Attachment)
+	return by, false, errors.Join(fmt.Errorf("it was undone, because its sandbox has ended meanwhile: %w", errNoSandbox), err)
 }
 
 // tidy removes what was programmed here for sandboxes that the runtime no longer
-// has: their DEL was lost.
+// has: their DEL was lost. It takes no chances, for a pod that lives would go
+// around its proxy: a runtime that knows of no sandbox at all is not believed (it
+// has at least the controller's own), and any other only the second time.
 func (m *mender) tidy(ctx context.Context) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -285,12 +297,18 @@ func (m *mender) tidy(ctx context.Context) error {
 		return err
 	}
 	there, err := m.find.all(ctx)
-	if err != nil {
+	if err != nil || len(there) == 0 {
 		return err
 	}
 	var errs []error
+	before := m.gone
+	m.gone = map[redirect.Attachment]bool{}
 	for _, a := range ours {
 		if there[a.ContainerID] {
+			continue
+		}
+		if !before[a] {
+			m.gone[a] = true
 			continue
 		}
 		if err := m.node.Remove(ctx, a); err != nil {

@@ -24,6 +24,7 @@ import (
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/clientcmd"
+	"k8s.io/klog/v2"
 
 	"shunt.dev/shunt/internal/netconf"
 	"shunt.dev/shunt/redirect/backends"
@@ -146,6 +147,7 @@ func (c *config) serve(ctx context.Context) error {
 	if c.runDir != "" {
 		conf.RunDir = c.runDir
 	}
+	klog.SetSlogLogger(c.Log) // which is what client-go logs by
 	if c.Client, err = c.apiServer(); err != nil {
 		return err
 	}
@@ -167,7 +169,7 @@ func (c *config) serve(ctx context.Context) error {
 	health := http.NewServeMux()
 	health.HandleFunc("/healthz", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "ok") })
 	health.HandleFunc("/readyz", func(w http.ResponseWriter, _ *http.Request) {
-		if !control.pods.synced() {
+		if !control.pods.Synced() {
 			http.Error(w, "the node's pods are not known yet: is the API server there, and may it be asked?", http.StatusServiceUnavailable)
 			return
 		}

@@ -151,6 +151,20 @@ func (c *Cache) Run(ctx context.Context) error {
 	return s.run(ctx)
 }
 
+// Inform is Run without the socket: it fills the cache, and keeps it filled,
+// until ctx ends.
+func (c *Cache) Inform(ctx context.Context) { c.informer.RunWithContext(ctx) }
+
+// Get returns the node's pod of that name, trimmed, or nil. It is the cache's
+// own, and must not be changed.
+func (c *Cache) Get(namespace, name string) *corev1.Pod {
+	obj, ok, _ := c.informer.GetStore().GetByKey(namespace + "/" + name) // fails never
+	if !ok {
+		return nil
+	}
+	return obj.(*corev1.Pod)
+}
+
 // Synced reports whether the cache has been filled.
 func (c *Cache) Synced() bool { return c.informer.HasSynced() }
 
