@@ -58,6 +58,7 @@ type Status struct {
 	// once are refused.
 	Handshakes, HandshakeLimit int64
 	// Flows are the connections decided since the pod was attached, by rule.
+	// Another build's are read if its maps are laid out as this one's.
 	Flows [bpf.ShuntRuleRULE_COUNT]uint64
 	// Errors are the failures that the programs have counted for the pod.
 	Errors []ErrorCount

@@ -46,11 +46,16 @@ func hookName(program string) string { return strings.TrimPrefix(program, "shunt
 func (s *surveyor) lookHooks(st *Status, b *loaded) (alive bool) {
 	r := st.Record
 	dir := b.cgroupLinks(r.CgroupID)
+	detached := false
 	for _, h := range r.hooks() {
+		if _, has := b.ids[h.program]; !has && st.OtherBuild && st.Loaded {
+			continue // what that build has not, its pods don't need
+		}
 		li, hook := s.lookLink(filepath.Join(dir, h.program), hookName(h.program), b.ids[h.program], "the pod's cgroup")
 		if li != nil {
 			if id, at := li.cgroupTarget(); id != r.CgroupID || at != h.attach {
 				hook.State, hook.Text = HookMissing, hook.Name+" is not attached to the pod's cgroup any more"
+				detached = true
 			}
 		}
 		st.Hooks = append(st.Hooks, hook)
@@ -58,7 +63,9 @@ func (s *surveyor) lookHooks(st *Status, b *loaded) (alive bool) {
 	if slices.ContainsFunc(st.Hooks, func(h HookStatus) bool { return h.State != HookAttached }) {
 		var is unix.Stat_t
 		err := unix.Stat(r.Cgroup, &is)
-		st.CgroupGone = errors.Is(err, unix.ENOENT) || err == nil && is.Ino != r.CgroupID
+		// A path that does not lead there says nothing by itself: it may be the
+		// host's, and be looked for from inside of a container.
+		st.CgroupGone = errors.Is(err, unix.ENOENT) && detached || err == nil && is.Ino != r.CgroupID
 	}
 	if r.InboundHook == TC {
 		return s.lookTC(st, b)

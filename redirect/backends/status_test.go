@@ -133,7 +133,8 @@ func TestJoin(t *testing.T) {
 	one, twin, second := healthy(), healthy(), healthy()
 	one.Flows[redirect.RuleOutIncludeCIDR], one.Flows[redirect.RuleInInclude] = 4, 2
 	one.Errors = []loader.ErrorCount{
-		{Cookie: 7, Place: bpf.ShuntPlacePLACE_CONNECT_ROOM, Errno: unix.EAGAIN, Count: 2}, {Cookie: 7, Place: bpf.ShuntPlacePLACE_CONNECT_ROOM, Errno: unix.EAGAIN, Count: 3},
+		{Cookie: 7, Place: bpf.ShuntPlacePLACE_CONNECT_ROOM, Errno: unix.EAGAIN, Count: 2},
+		{Cookie: 7, Place: bpf.ShuntPlacePLACE_CONNECT_ROOM, Errno: unix.EAGAIN, Count: 3},
 		{Cookie: 7, Place: 99, Errno: 9999, Count: 1},
 	}
 	twin.Record = &loader.Record{ID: loader.ID{ContainerID: "c2", IfName: "eth0"}, Cookie: 7, Pod: one.Pod, InboundHook: loader.TC}
