@@ -327,3 +327,6 @@ func (d daemon) start(t *testing.T) {
 		t.Fatalf("start %s: %v: %s", d, err, out)
 	}
 }
+
+// contextOfCleanup outlives the test.
+func contextOfCleanup() context.Context { return context.Background() }

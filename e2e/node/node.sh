@@ -217,7 +217,10 @@ setup() {
   start kube-controller-manager
   start kube-scheduler
   # Without kube-proxy: the one service that pods need.
-  iptables -t nat -A PREROUTING -d 10.96.0.1 -p tcp --dport 443 -j DNAT --to-destination $ip:6443
+  local hook
+  for hook in PREROUTING OUTPUT; do
+    iptables -t nat -A $hook -d 10.96.0.1 -p tcp --dport 443 -j DNAT --to-destination $ip:6443
+  done
   start kubelet
   until curl -sf http://127.0.0.1:10255/healthz >/dev/null; do
     running kubelet
