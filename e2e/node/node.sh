@@ -344,7 +344,7 @@ start() {
     *) die "$1 is no daemon of the node: containerd ${daemons[*]}" ;;
   esac
   cd /run/k8s
-  PATH=$(dirname "$containerd"):$PATH setsid "${command[@]}" >>"$D/$1.log" 2>&1 </dev/null &
+  RUNCWRAP_RUNC=$(command -v runc) PATH=$(dirname "$containerd"):$PATH setsid "${command[@]}" >>"$D/$1.log" 2>&1 </dev/null &
   echo $! >"/run/k8s/$1.pid"
 }
 
