@@ -109,9 +109,14 @@ func TestAnnotations(t *testing.T) {
 		{"includeOutboundIPRanges", "", hostPort(ip, 8080), ""},
 		{"excludeOutboundIPRanges", nodeIP + "/32,fd00:10:244::/64", sinkAddr, hostPort(ip, 8080)},
 		{"excludeInterfaces", "eth0", hostPort(ip, 8080), ""},
+		{"includeOutboundPorts", "8081", hostPort(ip, 8080), hostPort(ip, 8081)},
 	} {
 		t.Run(fmt.Sprint(i, "-", tt.key), func(t *testing.T) {
-			p := start(t, meshed(fmt.Sprint("list-", i), annotated(prefix+tt.key, tt.value)))
+			p := start(t, meshed(fmt.Sprint("list-", i), annotated(prefix+tt.key, tt.value), func(p *corev1.Pod) {
+				if tt.key == "includeOutboundPorts" { // of no consequence beside the default, all addresses
+					p.Annotations[prefix+"includeOutboundIPRanges"] = ""
+				}
+			}))
 			if d := dialFrom(t, p, tt.direct); d.Answer.Who == "proxy" || d.Error != "" {
 				t.Errorf("-> %s: got %+v: expected its own answer", tt.direct, d)
 			}
@@ -199,12 +204,20 @@ func TestFifty(t *testing.T) {
 		t.Logf("%d pods %s the plugin: all ready after %s", n, name, all.Round(10*time.Millisecond))
 		return all
 	}
-	uninstall(t)
-	without := burst("without")
-	install(t, defaults)
-	with := burst("with")
-	wantNoTraces(t)
-	if with > 2*without+10*time.Second {
-		t.Errorf("with the plugin %s, without %s: expected little more", with, without)
+	// Twice each, the faster one counts: the machine may have others to serve.
+	best := map[string]time.Duration{}
+	for range 2 {
+		for _, name := range []string{"without", "with"} {
+			if uninstall(t); name == "with" {
+				install(t, defaults)
+			}
+			if d := burst(name); best[name] == 0 || d < best[name] {
+				best[name] = d
+			}
+		}
+		wantNoTraces(t)
+	}
+	if best["with"] > 2*best["without"]+5*time.Second {
+		t.Errorf("with the plugin %s, without %s: expected little more", best["with"], best["without"])
 	}
 }

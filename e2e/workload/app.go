@@ -40,7 +40,7 @@ func app(ctx context.Context, args []string) error {
 	}
 	failed := make(chan error, 8)
 	for _, addr := range strings.Split(*listen, ",") {
-		go func() { failed <- serve(ctx, addr, http.HandlerFunc(answer("app")), nil) }()
+		go func() { failed <- serve(ctx, addr, answer("app"), nil) }()
 	}
 	mux := http.NewServeMux()
 	mux.HandleFunc("/dial", func(w http.ResponseWriter, r *http.Request) { reply(w, dial(r.Context(), r.FormValue("url"))) })

@@ -38,7 +38,7 @@ func main() {
 	case "dial":
 		err = dialOnce(ctx, os.Args[2:])
 	case "pause":
-		err = pause(ctx)
+		pause(ctx)
 	case "true":
 	default:
 		err = fmt.Errorf("verb %q: expected app, proxy, dial, pause or true", verb)
@@ -52,13 +52,13 @@ func main() {
 
 // pause reaps what the other containers leave to it where they share its pid
 // namespace.
-func pause(ctx context.Context) error {
+func pause(ctx context.Context) {
 	children := make(chan os.Signal, 8)
 	signal.Notify(children, syscall.SIGCHLD)
 	for {
 		select {
 		case <-ctx.Done():
-			return nil
+			return
 		case <-children:
 			for {
 				if pid, err := syscall.Wait4(-1, nil, syscall.WNOHANG, nil); pid <= 0 || err != nil {
