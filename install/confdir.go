@@ -51,8 +51,8 @@ func (d confDir) read() (files []confFile, links, marks []string, err error) {
 			f.skip, f.err = f.err, nil
 		}
 		if e.Type()&fs.ModeSymlink != 0 {
-			if real, err := d.real(name); err == nil {
-				links = append(links, filepath.Dir(real))
+			if to, err := d.real(name); err == nil {
+				links = append(links, filepath.Dir(to))
 			}
 		}
 		files = append(files, f)

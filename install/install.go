@@ -544,7 +544,8 @@ func (in *Installer) wait(ctx context.Context, w *watch, pause, gap time.Duratio
 			if w.counts(e) {
 				soon()
 			}
-		case <-w.errors(): // more has happened than the kernel could tell
+		case err := <-w.trouble(): // more has happened than the kernel could tell
+			in.opts.Log.Debug("everything is looked at", "because", err)
 			soon()
 		}
 	}

@@ -198,7 +198,7 @@ func FuzzWrap(f *testing.F) {
 		if err != nil || conf.Network.Type == pluginType {
 			return
 		}
-		want, err := libcni.ConfListFromConf(conf)
+		want, err := libcni.ConfListFromConf(conf) //nolint:staticcheck // runtimes use it
 		if err != nil {
 			return
 		}

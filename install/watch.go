@@ -103,7 +103,7 @@ func (w *watch) events() <-chan fsnotify.Event {
 	return w.watcher.Events
 }
 
-func (w *watch) errors() <-chan error {
+func (w *watch) trouble() <-chan error {
 	if w.watcher == nil {
 		return nil
 	}
@@ -147,8 +147,8 @@ func isDir(path string) bool {
 
 // resolved is where a path leads to, or the path.
 func resolved(path string) string {
-	if real, err := filepath.EvalSymlinks(path); err == nil {
-		return real
+	if to, err := filepath.EvalSymlinks(path); err == nil {
+		return to
 	}
 	return path
 }

@@ -26,8 +26,9 @@ type agentFlags struct {
 	kubeconfig, logLevel string
 }
 
-// paths adds the flags that say where the plugin lies on the node.
-func (f *agentFlags) paths(flags *flag.FlagSet) {
+// paths adds the flags that say where the plugin lies on the node, and whose it
+// is: all that agent and uninstall may both be given.
+func (f *agentFlags) paths(flags *flag.FlagSet, getenv func(string) string) {
 	flags.StringVar(&f.BinDir, "cni-bin-dir", "/host/opt/cni/bin", "the container runtime's `directory` of CNI plugins")
 	flags.StringVar(&f.ConfDir, "cni-conf-dir", "/host/etc/cni/net.d", "the container runtime's `directory` of CNI configurations")
 	flags.StringVar(&f.ConfFile, "cni-conf-file-name", "", "the `file` in it to join or write; empty: the first, as the runtime takes them")
@@ -35,6 +36,8 @@ func (f *agentFlags) paths(flags *flag.FlagSet) {
 	flags.StringVar(&f.RunDir, "run-dir", "/run/shunt", "the `directory` of socket, kubeconfig and state: the netconf's runDir, as the node has it")
 	flags.StringVar(&f.BinariesDir, "binaries-dir", "/opt/shunt/bin", "the `directory` that the plugin's binaries are copied from")
 	flags.StringVar(&f.CacheDir, "cni-cache-dir", "/host/var/lib/cni", "the container runtime's `directory` of CNI results, by which uninstall tells whether a pod still needs the plugin's binary")
+	flags.StringVar(&f.DaemonSet, "daemonset", "shunt-node", "the `name` of the agent's DaemonSet")
+	flags.StringVar(&f.Namespace, "namespace", getenv("POD_NAMESPACE"), "the `namespace` of the agent's DaemonSet; $POD_NAMESPACE where not given")
 	flags.StringVar(&f.logLevel, "log-level", "info", "of the agent's own lines: debug, info, warn, error, fatal or panic")
 }
 
@@ -56,9 +59,7 @@ func (f *agentFlags) check() error {
 func runAgent(ctx context.Context, args []string, getenv func(string) string, stderr io.Writer) int {
 	var f agentFlags
 	flags := flag.NewFlagSet("agent", flag.ContinueOnError)
-	f.paths(flags)
-	flags.StringVar(&f.DaemonSet, "daemonset", "shunt-node", "the `name` of the agent's DaemonSet")
-	flags.StringVar(&f.Namespace, "namespace", getenv("POD_NAMESPACE"), "the `namespace` of the agent's DaemonSet; $POD_NAMESPACE where not given")
+	f.paths(flags, getenv)
 	flags.StringVar(&f.Netconf, "netconf", "/etc/shunt/netconf.json", "the `file` with the plugin's network configuration")
 	flags.StringVar(&f.Node, "node", getenv("NODE_NAME"), "the node's `name`; $NODE_NAME where not given")
 	flags.StringVar(&f.kubeconfig, "kubeconfig", "", "the `file` that says how to reach the API server; empty: as a pod does")
@@ -103,10 +104,10 @@ func runAgent(ctx context.Context, args []string, getenv func(string) string, st
 	return 0
 }
 
-func runUninstall(ctx context.Context, args []string, stderr io.Writer) int {
+func runUninstall(ctx context.Context, args []string, getenv func(string) string, stderr io.Writer) int {
 	var f agentFlags
 	flags := flag.NewFlagSet("uninstall", flag.ContinueOnError)
-	f.paths(flags)
+	f.paths(flags, getenv)
 	if exit, done := parse(flags, args, stderr); done {
 		return exit
 	}

@@ -68,7 +68,7 @@ func run(args []string, getenv func(string) string, stdout, stderr io.Writer) in
 	case "repair":
 		return repair.Run(ctx, args, stderr)
 	case "uninstall":
-		return runUninstall(ctx, args, stderr)
+		return runUninstall(ctx, args, getenv, stderr)
 	}
 	return runAgent(ctx, args, getenv, stderr)
 }

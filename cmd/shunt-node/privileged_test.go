@@ -319,8 +319,8 @@ func TestPrivilegedOwnPod(t *testing.T) {
 
 // churn adds and deletes pods, from several goroutines, until stop is called,
 // which returns how many there were. Each ADD has to succeed, and its pod to be
-// redirected.
-func (b *realBed) churn(n int) (stop func() int) {
+// redirected; where always is set, the runtime has to find the entry each time.
+func (b *realBed) churn(n int, always bool) (stop func() int) {
 	b.t.Helper()
 	pods := make([]*testbed.Pod, n)
 	for i := range pods {
@@ -337,6 +337,9 @@ func (b *realBed) churn(n int) (stop func() int) {
 				case <-over:
 					return
 				default:
+				}
+				if conf, err := os.ReadFile(filepath.Join(b.conf, confName)); always && (err != nil || !strings.Contains(string(conf), `"shunt-cni"`)) {
+					b.t.Errorf("a pod starts while there is no entry: %v\n%s", err, conf)
 				}
 				if r, err := b.cni.Exec("ADD", p); err != nil || !r.OK() {
 					b.t.Errorf("ADD: %v %s", err, r)
@@ -369,7 +372,7 @@ func TestPrivilegedUpgrade(t *testing.T) {
 	old := b.start()
 	old.ready()
 	b.use()
-	stop := b.churn(2)
+	stop := b.churn(2, true)
 	for i := range 10 {
 		fakekube.Update(b.kube, "shunt", "shunt-node", func(d *appsv1.DaemonSet) {
 			d.Spec.Template.Spec.Containers = []corev1.Container{{Name: "agent", Image: fmt.Sprintf("shunt:%d", i)}}
@@ -403,7 +406,7 @@ func TestPrivilegedKilled(t *testing.T) {
 	a := b.start()
 	a.ready()
 	b.use()
-	stop := b.churn(2)
+	stop := b.churn(2, false)
 	seed := uint64(time.Now().UnixNano())
 	rng := rand.New(rand.NewPCG(seed, 0)) //nolint:gosec // moments
 	var logs strings.Builder

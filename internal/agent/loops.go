@@ -43,8 +43,8 @@ type loop struct {
 }
 
 // start starts a loop whose run calls beat at least once in stuckAfter.
-func (l *loops) start(ctx context.Context, name string, run func(ctx context.Context, beat func()) error) *loop {
-	return l.add(ctx, &loop{name: name, watched: true, last: time.Now()}, run)
+func (l *loops) start(ctx context.Context, name string, run func(ctx context.Context, beat func()) error) {
+	l.add(ctx, &loop{name: name, watched: true, last: time.Now()}, run)
 }
 
 // startOther starts what has no beat.
