@@ -177,6 +177,7 @@ func (c Check) limit(conn syscall.RawConn) (err error) {
 type catcher struct {
 	l    net.Listener
 	done sync.WaitGroup
+	dst  func(conn net.Conn) (netip.AddrPort, error) // originalDst
 
 	mu      sync.Mutex
 	waiting map[[tokenLen]byte]chan arrival
@@ -199,7 +200,7 @@ func listen(ctx context.Context, at netip.AddrPort) (*catcher, error) {
 		}
 		return nil, err
 	}
-	c := &catcher{l: l, waiting: map[[tokenLen]byte]chan arrival{}}
+	c := &catcher{l: l, dst: originalDst, waiting: map[[tokenLen]byte]chan arrival{}}
 	c.done.Go(c.serve)
 	return c, nil
 }
@@ -243,10 +244,10 @@ func (c *catcher) one(conn net.Conn) {
 	if _, err := io.ReadFull(conn, token[:]); err != nil {
 		return
 	}
-	var a arrival
-	a.dst, a.err = originalDst(conn)
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	var a arrival
+	a.dst, a.err = c.dst(conn)
 	if ch := c.waiting[token]; ch != nil {
 		ch <- a
 		delete(c.waiting, token)

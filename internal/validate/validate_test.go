@@ -180,3 +180,32 @@ func TestRun(t *testing.T) {
 		t.Errorf("a connection that another answers: %v, %v", missing, err)
 	}
 }
+
+// TestOriginalDestination: a connection that arrives where it should is not
+// enough.
+func TestOriginalDestination(t *testing.T) {
+	at, err := listen(t.Context(), netip.MustParseAddrPort("127.0.0.1:0"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer at.close()
+	to := netip.MustParseAddrPort(at.l.Addr().String())
+	c := Check{Outbound, to, to}
+	for _, tc := range []struct {
+		dst   netip.AddrPort
+		err   error
+		fails string
+	}{
+		{dst: to},
+		{dst: netip.AddrPortFrom(to.Addr(), 1), fails: "with the original destination 127.0.0.1:1"},
+		{dst: netip.MustParseAddrPort("[::1]:1"), fails: "with the original destination [::1]:1"},
+		{err: syscall.ENOENT, fails: "the original destination can't be had: no such file or directory"},
+	} {
+		at.mu.Lock()
+		at.dst = func(net.Conn) (netip.AddrPort, error) { return tc.dst, tc.err }
+		at.mu.Unlock()
+		if err := c.once(t.Context(), at); (err != nil) != (tc.fails != "") || err != nil && !strings.Contains(err.Error(), tc.fails) {
+			t.Errorf("%v, %v: %v", tc.dst, tc.err, err)
+		}
+	}
+}
