@@ -14,6 +14,8 @@ COUNT    ?= 1
 BENCH    ?= .
 BENCHTIME ?= 200x
 DEMO     ?=
+# Of `make e2e`: how the node has its cgroups.
+MODES    ?= v2 hybrid
 # What `make image` names the image; by default, what the chart asks for.
 IMAGE    ?= localhost/shunt/shunt-node:$(shell awk '$$1 == "appVersion:" {print $$2}' install/chart/Chart.yaml)
 # 0 to leave the system's packages alone.
@@ -81,6 +83,10 @@ test-privileged: need-root ## run the tests that need root
 test-race: need-root ## run the tests that need root under -race, the plugin's binary too
 	SHUNT_TESTBED_RACE=1 $(GO) test -json -race -count=$(COUNT) $(privileged) | $(report)
 
+.PHONY: e2e
+e2e: deps-e2e need-root image ## run the tests on a real Kubernetes node (root)
+	@GO='$(GO)' VERSION='$(VERSION)' RUN='$(RUN)' MODES='$(MODES)' e2e/run.sh
+
 .PHONY: fuzz
 fuzz: ## fuzz each parser for FUZZTIME
 	@scripts/fuzz.sh $(FUZZTIME)
@@ -111,13 +117,13 @@ check-generated: ## fail unless `make generate` changes nothing
 
 .PHONY: clean
 clean: ## remove what was built
-	rm -rf $(BIN)
+	rm -rf $(BIN) .cache
 
 .PHONY: deps
-deps: deps-build deps-demo deps-image deps-test deps-lint deps-generate ## install what all of this needs (root)
+deps: deps-build deps-demo deps-image deps-test deps-e2e deps-lint deps-generate ## install what all of this needs (root)
 
-.PHONY: deps-build deps-demo deps-image deps-test deps-lint deps-generate
-deps-build deps-demo deps-image deps-test deps-lint deps-generate: deps-%:
+.PHONY: deps-build deps-demo deps-image deps-test deps-e2e deps-lint deps-generate
+deps-build deps-demo deps-image deps-test deps-e2e deps-lint deps-generate: deps-%:
 	@if [ '$(DEPS)' != 0 ]; then scripts/install-deps.sh $*; fi
 
 .PHONY: need-root

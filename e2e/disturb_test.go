@@ -1,0 +1,302 @@
+// SPDX-License-Identifier: Apache-2.0
+
+//go:build e2e
+
+package e2e
+
+import (
+	"fmt"
+	"net/url"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
+	"sigs.k8s.io/yaml"
+
+	"shunt.dev/shunt/e2e/wire"
+)
+
+// A busy connection out of a redirected pod and one into it. They have to
+// outlive whatever happens to the node's daemons.
+type busy struct {
+	from [2]string // the control address of the app that has it
+	to   [2]string
+}
+
+func keepBusy(t *testing.T) *busy {
+	t.Helper()
+	m, o := start(t, meshed("busy")), start(t, plain("caller"))
+	b := &busy{
+		from: [2]string{hostPort(m.Status.PodIP, wire.ControlPort), hostPort(o.Status.PodIP, wire.ControlPort)},
+		to:   [2]string{"http://10.99.0.1:80/", "http://" + hostPort(m.Status.PodIP, wire.AppPort) + "/"},
+	}
+	for i := range b.from {
+		_ = ask(b.from[i], "/hold?url="+url.QueryEscape(b.to[i]), new(struct{})) // no answer
+	}
+	b.live(t)
+	return b
+}
+
+// live checks that both connections are still the first, and carry traffic.
+func (b *busy) live(t *testing.T) {
+	t.Helper()
+	for i := range b.from {
+		var first, now wire.Held
+		path := "/held?url=" + url.QueryEscape(b.to[i])
+		eventually(t, 10*time.Second, b.to[i]+" carries traffic", func() error {
+			if err := ask(b.from[i], path, &now); err != nil {
+				return err
+			}
+			if first.Rounds == 0 {
+				first = now
+			}
+			if now.Rounds == 0 || now.Rounds < first.Rounds+5 {
+				return fmt.Errorf("%d rounds, then %d, %s", first.Rounds, now.Rounds, now.Error)
+			}
+			return nil
+		})
+		if now.Conns != 1 || now.Error != "" {
+			t.Errorf("%s: %d connections, error %q, after %d rounds: expected that the first lives", b.to[i], now.Conns, now.Error, now.Rounds)
+		}
+	}
+}
+
+// stream has meshed pods start and go, some at a time, until stop, and checks of
+// each that nothing of it went around its proxy.
+func stream(t *testing.T, prefix string, stop <-chan struct{}) (count *atomic.Int32, done *sync.WaitGroup) {
+	count, done = new(atomic.Int32), new(sync.WaitGroup)
+	for worker := range 4 {
+		done.Go(func() {
+			for i := 0; ; i++ {
+				select {
+				case <-stop:
+					return
+				default:
+				}
+				name := fmt.Sprintf("%s-%d-%d", prefix, worker, i)
+				if err := through(t, name); err != nil {
+					t.Errorf("pod %s: %v\n%s", name, err, podState(name))
+				}
+				count.Add(1)
+				deletePod(t, name)
+			}
+		})
+	}
+	return count, done
+}
+
+// through takes one pod to ready and checks it, on any goroutine.
+func through(t *testing.T, name string) error {
+	pod := meshed(name)
+	if _, err := client.CoreV1().Pods(space).Create(t.Context(), pod, metav1.CreateOptions{}); err != nil {
+		return err
+	}
+	err := poll(90*time.Second, func() (err error) {
+		if pod, err = client.CoreV1().Pods(space).Get(t.Context(), pod.Name, metav1.GetOptions{}); err == nil && !isReady(pod) {
+			err = fmt.Errorf("phase %s", pod.Status.Phase)
+		}
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	var e wire.Early
+	if err := poll(10*time.Second, func() error {
+		err := ask(hostPort(pod.Status.PodIP, wire.ControlPort), "/early", &e)
+		if err == nil && e.Answered == 0 {
+			err = fmt.Errorf("%d tries, no answer", e.Tried)
+		}
+		return err
+	}); err != nil {
+		return err
+	}
+	if len(e.Around) > 0 {
+		return fmt.Errorf("%d of %d connections went around the proxy: %+v", len(e.Around), e.Answered, e.Around[0])
+	}
+	return nil
+}
+
+func setImage(t *testing.T, image string) {
+	t.Helper()
+	patch := fmt.Sprintf(`{"spec":{"template":{"spec":{"containers":[{"name":"agent","image":%q},{"name":"repair","image":%q}]}}}}`, image, image)
+	if _, err := client.AppsV1().DaemonSets(system).Patch(t.Context(), daemonSet, types.StrategicMergePatchType, []byte(patch), metav1.PatchOptions{}); err != nil {
+		t.Fatal(err)
+	}
+}
+
+const (
+	thisImage = "localhost/shunt/shunt-node:0.1.0"
+	nextImage = "localhost/shunt/shunt-node:next"
+)
+
+// The agent is upgraded, and back again, while pods start.
+func TestUpgradeUnderLoad(t *testing.T) {
+	install(t, defaults)
+	b := keepBusy(t)
+	stop := make(chan struct{})
+	count, done := stream(t, "upgrade", stop)
+	for _, image := range []string{nextImage, thisImage, nextImage, thisImage} {
+		began := time.Now()
+		before := count.Load()
+		setImage(t, image)
+		rolledOut(t)
+		t.Logf("rolled out %s in %s, %d pods started meanwhile", image, time.Since(began).Round(10*time.Millisecond), count.Load()-before)
+		b.live(t)
+	}
+	close(stop)
+	done.Wait()
+	t.Logf("%d pods started in all", count.Load())
+	if count.Load() < 10 {
+		t.Errorf("%d pods have started: too few to show anything", count.Load())
+	}
+	b.live(t)
+}
+
+// An upgrade to an image that is not there: no agent at all. Pods start, and
+// are redirected, without it.
+func TestAgentDown(t *testing.T) {
+	install(t, defaults)
+	b := keepBusy(t)
+	setImage(t, "localhost/shunt/shunt-node:none")
+	defer func() {
+		setImage(t, thisImage)
+		rolledOut(t)
+	}()
+	eventually(t, time.Minute, "the agent is down", func() error {
+		pods, err := client.CoreV1().Pods(system).List(t.Context(), metav1.ListOptions{})
+		if err != nil {
+			return err
+		}
+		for _, p := range pods.Items {
+			if p.Status.Phase != "Pending" {
+				return fmt.Errorf("pod %s: %s", p.Name, p.Status.Phase)
+			}
+		}
+		return nil
+	})
+	wantRedirected(t, start(t, meshed("agent-down")))
+	b.live(t)
+}
+
+// A crash of the runtime.
+func TestContainerdRestart(t *testing.T) {
+	install(t, defaults)
+	b := keepBusy(t)
+	daemon("containerd").kill(t)
+	b.live(t)
+	daemon("containerd").start(t)
+	wantRedirected(t, start(t, meshed("after-containerd")))
+	b.live(t)
+}
+
+// Without the API server the agent doesn't know a pod that comes by a file: it
+// is not started until somebody can tell what it is.
+func TestAPIServerDown(t *testing.T) {
+	install(t, defaults)
+	b := keepBusy(t)
+	daemon("kube-apiserver").kill(t)
+	up := false
+	startServer := func() {
+		if !up {
+			daemon("kube-apiserver").start(t)
+			up = true
+		}
+	}
+	defer startServer()
+	b.live(t)
+
+	p := meshed("static")
+	p.TypeMeta = metav1.TypeMeta{APIVersion: "v1", Kind: "Pod"}
+	p.Spec.AutomountServiceAccountToken = nil
+	data, err := yaml.Marshal(p)
+	if err != nil {
+		t.Fatal(err)
+	}
+	file := "/run/k8s/manifests/static.yaml"
+	if err := os.WriteFile(file, data, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	name := "static-" + node
+	defer func() {
+		_ = os.Remove(file)
+		eventually(t, time.Minute, "the static pod is gone", func() error {
+			if _, err := client.CoreV1().Pods(space).Get(t.Context(), name, metav1.GetOptions{}); err == nil {
+				return os.ErrExist
+			}
+			return nil
+		})
+	}()
+	eventually(t, time.Minute, "its ADD has failed", func() error {
+		log, err := os.ReadFile(filepath.Join(logDir(), "kubelet.log"))
+		if err != nil {
+			return err
+		}
+		for line := range strings.Lines(string(log)) {
+			if strings.Contains(line, "default/static-") && strings.Contains(line, "CreatePodSandboxError") {
+				t.Logf("the kubelet says: %.600s", line)
+				return nil
+			}
+		}
+		return os.ErrNotExist
+	})
+	b.live(t)
+	began := time.Now()
+	startServer()
+	s := awaitReady(t, name)
+	t.Logf("static pod ready %s after the API server's start", time.Since(began).Round(10*time.Millisecond))
+	wantRedirected(t, s)
+	b.live(t)
+}
+
+func logDir() string { return filepath.Join(cache, "run", node) }
+
+// A kubelet that starts again finds its pods, and they their connections.
+func TestKubeletRestart(t *testing.T) {
+	if mode == "v2" {
+		t.Fatal("a kubelet can't be restarted on a node in mode v2: docs/TESTING.md")
+	}
+	install(t, defaults)
+	b := keepBusy(t)
+	daemon("kubelet").kill(t)
+	daemon("kubelet").start(t)
+	wantRedirected(t, start(t, meshed("after-kubelet")))
+	b.live(t)
+}
+
+// An ADD that fails is tried again by the kubelet, and succeeds once the cause
+// is gone. Nothing of the failed ones is left.
+func TestFailedADD(t *testing.T) {
+	install(t, defaults)
+	const key = "traffic.sidecar.istio.io/excludeOutboundPorts"
+	p := meshed("typo", annotated(key, "80,x"))
+	create(t, p)
+	eventually(t, time.Minute, "the pod's events name the annotation", func() error {
+		events := eventsOf(p.Name)
+		if !slices.ContainsFunc(events, func(e string) bool {
+			return strings.HasPrefix(e, "FailedCreatePodSandBox") && strings.Contains(e, key) && strings.Contains(e, "80,x")
+		}) {
+			return fmt.Errorf("events: %q", events)
+		}
+		return nil
+	})
+	if left := traces(); len(left) > 0 {
+		t.Errorf("left of the failed ADD: %v", left)
+	}
+	patch := fmt.Sprintf(`{"metadata":{"annotations":{%q:"81"}}}`, key)
+	if _, err := client.CoreV1().Pods(space).Patch(t.Context(), p.Name, types.MergePatchType, []byte(patch), metav1.PatchOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	began := time.Now()
+	healed := awaitReady(t, p.Name)
+	t.Logf("ready %s after the annotation was mended", time.Since(began).Round(10*time.Millisecond))
+	wantRedirected(t, healed)
+	deletePod(t, p.Name)
+	wantNoTraces(t)
+}

@@ -1,0 +1,48 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+#
+# run.sh [GO TEST FLAGS]: the end-to-end tests, on a node for each of $MODES; of
+# them those that $RUN matches. `make e2e` has built the image in bin/.
+set -euo pipefail
+here=$(dirname "$(readlink -f "$0")")
+root=$(dirname "$here")
+export E2E_ROOT=$root E2E_CACHE=${E2E_CACHE:-$root/.cache/e2e} E2E_NODE E2E_MODE
+: "${GO:=go}" "${MODES:=v2 hybrid}" "${VERSION:=dev}" "${RUN:=}"
+
+# What a mode is for: all that can be done there, and of hybrid what differs.
+declare -A select=(
+  [v2]='-skip=^TestKubeletRestart$'
+  [hybrid]='-run=^(TestPods|TestKubeletRestart|TestContainerdRestart)$'
+)
+
+began=$SECONDS
+lap() { printf 'e2e: %-34s %5d s\n' "$1" $((SECONDS - began)); }
+
+cd "$root"
+"$here/node/node.sh" build
+$GO -C tools/helm build -trimpath -o "$E2E_CACHE/helm" .
+# What an upgrade brings: the same but for the version.
+mkdir -p "$E2E_CACHE/next"
+CGO_ENABLED=0 $GO build -trimpath -ldflags "-s -w -X main.buildVersion=$VERSION-next" -o "$E2E_CACHE/next/" ./cmd/...
+$GO run ./internal/tools/image -bin "$E2E_CACHE/next" -name localhost/shunt/shunt-node:next -o "$E2E_CACHE/next.tar"
+lap 'everything is built'
+
+# One name for each copy of the project: they may be tested side by side.
+name=shunt-e2e-$(cksum <<<"$E2E_CACHE" | cut -d' ' -f1)
+failed=()
+for E2E_MODE in $MODES; do
+  E2E_NODE=$name-$E2E_MODE
+  trap '"$here/node/node.sh" down "$E2E_NODE"' EXIT
+  "$here/node/node.sh" up "$E2E_NODE" "$E2E_MODE"
+  flags=("${select[$E2E_MODE]}")
+  [[ -z $RUN ]] || flags=("-run=$RUN")
+  echo "e2e: mode $E2E_MODE: go test ${flags[*]}"
+  $GO test -tags e2e -v -count=1 -timeout 30m -exec "$here/node/node.sh exec $E2E_NODE" "${flags[@]}" "$@" ./e2e || failed+=("$E2E_MODE")
+  "$here/node/node.sh" down "$E2E_NODE"
+  trap - EXIT
+  lap "the tests on a node in mode $E2E_MODE"
+done
+if ((${#failed[@]})); then
+  echo "e2e: failed in mode ${failed[*]}" >&2
+  exit 1
+fi

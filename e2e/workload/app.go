@@ -1,0 +1,216 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"flag"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"shunt.dev/shunt/e2e/wire"
+)
+
+// An app serves, and dials whom the test names.
+type application struct {
+	mu    sync.Mutex
+	early wire.Early
+	held  map[string]*wire.Held
+}
+
+func app(ctx context.Context, args []string) error {
+	flags := flag.NewFlagSet("app", flag.ContinueOnError)
+	listen := flags.String("listen", ":"+strconv.Itoa(wire.AppPort), "addresses to serve on, comma separated")
+	control := flags.String("control", ":"+strconv.Itoa(wire.ControlPort), "address of the test's own")
+	early := flags.String("early", "", "dial this from the first moment on, for as long as the app runs")
+	if err := flags.Parse(args); err != nil {
+		return err
+	}
+	a := &application{held: map[string]*wire.Held{}}
+	if *early != "" {
+		go a.keepDialling(ctx, *early)
+	}
+	failed := make(chan error, 8)
+	for _, addr := range strings.Split(*listen, ",") {
+		go func() { failed <- serve(ctx, addr, answer("app"), nil) }()
+	}
+	mux := http.NewServeMux()
+	mux.HandleFunc("/dial", func(w http.ResponseWriter, r *http.Request) { reply(w, dial(r.Context(), r.FormValue("url"))) })
+	mux.HandleFunc("/hold", func(_ http.ResponseWriter, r *http.Request) { go a.hold(ctx, r.FormValue("url")) })
+	mux.HandleFunc("/held", a.showHeld)
+	mux.HandleFunc("/early", a.showEarly)
+	go func() { failed <- serve(ctx, *control, mux, nil) }()
+	return <-failed
+}
+
+// serve serves until ctx ends. No Multipath TCP: a proxy by such a listener is
+// a test of its own.
+func serve(ctx context.Context, addr string, h http.Handler, conn func(context.Context, net.Conn) context.Context) error {
+	var lc net.ListenConfig
+	lc.SetMultipathTCP(false)
+	l, err := lc.Listen(ctx, "tcp", addr)
+	if err != nil {
+		return err
+	}
+	s := &http.Server{Handler: h, ConnContext: conn, ReadHeaderTimeout: time.Minute}
+	go func() {
+		<-ctx.Done()
+		_ = s.Close()
+	}()
+	if err := s.Serve(l); !errors.Is(err, http.ErrServerClosed) {
+		return err
+	}
+	return nil
+}
+
+func answer(who string) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) { reply(w, answerTo(who, r)) }
+}
+
+func answerTo(who string, r *http.Request) wire.Answer {
+	local, _ := r.Context().Value(http.LocalAddrContextKey).(net.Addr)
+	return wire.Answer{Who: who, Pod: os.Getenv("POD_NAME"), Peer: r.RemoteAddr, Local: local.String()}
+}
+
+func reply(w http.ResponseWriter, v any) {
+	w.Header().Set("Content-Type", "application/json")
+	_ = json.NewEncoder(w).Encode(v) // the client has gone, and knows
+}
+
+// client is one connection's, and notes its addresses in d.
+func client(d *wire.Dial, conns *int, timeout time.Duration) *http.Client {
+	var dialer net.Dialer
+	dialer.SetMultipathTCP(false)
+	return &http.Client{Timeout: timeout, Transport: &http.Transport{
+		MaxIdleConns: 1, MaxConnsPerHost: 1,
+		DialContext: func(ctx context.Context, network, addr string) (net.Conn, error) {
+			c, err := dialer.DialContext(ctx, network, addr)
+			if err != nil {
+				return nil, err
+			}
+			*conns++
+			d.Peer, d.Local = c.RemoteAddr().String(), c.LocalAddr().String()
+			return c, nil
+		},
+	}}
+}
+
+func request(ctx context.Context, c *http.Client, url string) (a wire.Answer, err error) {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
+	if err != nil {
+		return a, err
+	}
+	res, err := c.Do(req)
+	if err != nil {
+		return a, err
+	}
+	defer res.Body.Close()
+	body, err := io.ReadAll(res.Body)
+	if err != nil {
+		return a, err
+	}
+	return a, json.Unmarshal(body, &a)
+}
+
+// dial makes one connection with one request.
+func dial(ctx context.Context, url string) (d wire.Dial) {
+	var conns int
+	c := client(&d, &conns, 5*time.Second)
+	defer c.CloseIdleConnections()
+	var err error
+	if d.Answer, err = request(ctx, c, url); err != nil {
+		d.Error = err.Error()
+	}
+	return d
+}
+
+// hold keeps one connection busy.
+func (a *application) hold(ctx context.Context, url string) {
+	var d wire.Dial
+	var conns int
+	c := client(&d, &conns, time.Minute)
+	defer c.CloseIdleConnections()
+	for range ticks(ctx, 20*time.Millisecond) {
+		_, err := request(ctx, c, url)
+		a.mu.Lock()
+		h := a.held[url]
+		if h == nil {
+			h = &wire.Held{}
+			a.held[url] = h
+		}
+		h.Conns = conns
+		if err != nil {
+			h.Error = err.Error()
+		} else {
+			h.Rounds++
+		}
+		a.mu.Unlock()
+	}
+}
+
+func (a *application) showHeld(w http.ResponseWriter, r *http.Request) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	var h wire.Held
+	if got := a.held[r.FormValue("url")]; got != nil {
+		h = *got
+	}
+	reply(w, h)
+}
+
+func (a *application) keepDialling(ctx context.Context, url string) {
+	for wait := time.Millisecond; ctx.Err() == nil; {
+		d := dial(ctx, url)
+		a.mu.Lock()
+		a.early.Tried++
+		if d.Error == "" {
+			a.early.Answered++
+			wait = 100 * time.Millisecond
+			if d.Answer.Who != "proxy" {
+				a.early.Around = append(a.early.Around, d)
+			}
+		}
+		a.mu.Unlock()
+		select {
+		case <-ctx.Done():
+		case <-time.After(wait):
+		}
+	}
+}
+
+func (a *application) showEarly(w http.ResponseWriter, _ *http.Request) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	reply(w, a.early)
+}
+
+// ticks yields until ctx ends.
+func ticks(ctx context.Context, every time.Duration) <-chan time.Time {
+	out := make(chan time.Time)
+	t := time.NewTicker(every)
+	go func() {
+		defer close(out)
+		defer t.Stop()
+		for {
+			select {
+			case <-ctx.Done():
+				return
+			case now := <-t.C:
+				select {
+				case out <- now:
+				case <-ctx.Done():
+					return
+				}
+			}
+		}
+	}()
+	return out
+}
