@@ -76,12 +76,7 @@ func (c *container) run(t *testing.T, stdin string, argv ...string) (string, err
 // there: the commands, and iptables of both kinds with rules of a pod.
 func TestPrivilegedImage(t *testing.T) {
 	testbed.Privileged(t)
-	bin := commandsFrom(t, func(name string) string {
-		if _, err := os.Stat("../../../cmd/" + name); err != nil {
-			return "cmd/shunt" // it has a version too
-		}
-		return "cmd/" + name
-	})
+	bin := commandsFrom(t, func(name string) string { return "cmd/" + name })
 	archive, _ := make1(t, bin)
 	c := unpack(t, open(t, archive))
 	t.Logf("the archive has %.1f MiB", float64(len(archive))/(1<<20))
