@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 #
 # install-deps.sh SET...: install, from the distribution's own packages, what
-# is missing of the sets build, demo, test, lint and generate. For Debian 12
+# is missing of the sets build, demo, test, kernels, lint and generate. For Debian 12
 # and 13, Ubuntu 22.04 and 24.04. Where nothing is missing it changes nothing
 # and needs no root.
 set -euo pipefail
@@ -15,7 +15,10 @@ PATH=$PATH:/usr/local/go/bin:/usr/local/sbin:/usr/sbin:/sbin
   build=(ca-certificates=/etc/ssl/certs/ca-certificates.crt)
   demo=("${build[@]}")
   test=("${build[@]}" gcc=gcc libc6-dev=/usr/include/stdlib.h
-    iptables=iptables-restore iproute2=ip haproxy=haproxy redsocks=redsocks)
+    iptables=iptables-restore iproute2=ip haproxy=haproxy redsocks=redsocks
+    squid=squid shadowsocks-libev=ss-redir)
+  kernels=("${build[@]}" qemu-system-x86=qemu-system-x86_64 busybox-static=busybox iptables=iptables-restore
+    nftables=nft iproute2=ip xz-utils=xz zstd=zstd debian-archive-keyring=/usr/share/keyrings/debian-archive-keyring.gpg)
   lint=("${build[@]}" git=git shellcheck=shellcheck)
   generate=("${build[@]}" git=git clang-19=clang-19 llvm-19=llvm-strip-19
     libbpf-dev=/usr/include/bpf/bpf_helpers.h linux-libc-dev=/usr/include/linux/bpf.h)
@@ -115,11 +118,11 @@ need_go() {
       'with GOTOOLCHAIN=auto a Go from 1.21 on gets it by itself'
 }
 
-[[ $# -gt 0 ]] || die 'usage: install-deps.sh build|demo|test|lint|generate ...'
+[[ $# -gt 0 ]] || die 'usage: install-deps.sh build|demo|test|kernels|lint|generate ...'
 wanted=()
 for set in "$@"; do
   case $set in
-    build | demo | test | lint | generate) mapfile -t -O "${#wanted[@]}" wanted < <(missing "$set") ;;
+    build | demo | test | kernels | lint | generate) mapfile -t -O "${#wanted[@]}" wanted < <(missing "$set") ;;
     *) die "no such set: $set" ;;
   esac
 done
