@@ -16,6 +16,9 @@ BENCHTIME ?= 200x
 DEMO     ?=
 # 0 to leave the system's packages alone.
 DEPS     ?= 1
+# Which other kernels, and 1 to write what they say into docs/KERNELS.md.
+KERNELS  ?= 5.10 6.1 6.12
+KERNELS_UPDATE ?=
 # A file that each test run adds its numbers to; `.ci/run` sums them up.
 TALLY    ?=
 
@@ -64,6 +67,10 @@ test-privileged: need-root ## run the tests that need root
 test-race: need-root ## run the tests that need root under -race, the plugin's binary too
 	SHUNT_TESTBED_RACE=1 $(GO) test -json -race -count=$(COUNT) $(privileged) | $(report)
 
+.PHONY: test-kernels
+test-kernels: deps-build deps-kernels ## probe, and run some tests, on KERNELS (emulated; root for missing packages only)
+	@$(GO) run ./internal/ci/kernels -kernels '$(KERNELS)' $(if $(KERNELS_UPDATE),-update)
+
 .PHONY: fuzz
 fuzz: ## fuzz each parser for FUZZTIME
 	@scripts/fuzz.sh $(FUZZTIME)
@@ -97,10 +104,10 @@ clean: ## remove what was built
 	rm -rf $(BIN)
 
 .PHONY: deps
-deps: deps-build deps-demo deps-test deps-lint deps-generate ## install what all of this needs (root)
+deps: deps-build deps-demo deps-test deps-kernels deps-lint deps-generate ## install what all of this needs (root)
 
-.PHONY: deps-build deps-demo deps-test deps-lint deps-generate
-deps-build deps-demo deps-test deps-lint deps-generate: deps-%:
+.PHONY: deps-build deps-demo deps-test deps-kernels deps-lint deps-generate
+deps-build deps-demo deps-test deps-kernels deps-lint deps-generate: deps-%:
 	@if [ '$(DEPS)' != 0 ]; then scripts/install-deps.sh $*; fi
 
 .PHONY: need-root
