@@ -20,6 +20,9 @@ MODES    ?= v2 hybrid
 IMAGE    ?= localhost/shunt/shunt-node:$(shell awk '$$1 == "appVersion:" {print $$2}' install/chart/Chart.yaml)
 # 0 to leave the system's packages alone.
 DEPS     ?= 1
+# Which other kernels, and 1 to write what they say into docs/KERNELS.md.
+KERNELS  ?= 5.10 6.1 6.12
+KERNELS_UPDATE ?=
 # A file that each test run adds its numbers to; `.ci/run` sums them up.
 TALLY    ?=
 
@@ -87,6 +90,10 @@ test-race: need-root ## run the tests that need root under -race, the plugin's b
 e2e: deps-e2e need-root image ## run the tests on a real Kubernetes node (root)
 	@GO='$(GO)' VERSION='$(VERSION)' RUN='$(RUN)' MODES='$(MODES)' e2e/run.sh
 
+.PHONY: test-kernels
+test-kernels: deps-build deps-kernels ## probe, and run some tests, on KERNELS (emulated; root for missing packages only)
+	@$(GO) run ./internal/ci/kernels -kernels '$(KERNELS)' $(if $(KERNELS_UPDATE),-update)
+
 .PHONY: fuzz
 fuzz: ## fuzz each parser for FUZZTIME
 	@scripts/fuzz.sh $(FUZZTIME)
@@ -120,10 +127,10 @@ clean: ## remove what was built
 	rm -rf $(BIN) .cache
 
 .PHONY: deps
-deps: deps-build deps-demo deps-image deps-test deps-e2e deps-lint deps-generate ## install what all of this needs (root)
+deps: deps-build deps-demo deps-image deps-test deps-e2e deps-kernels deps-lint deps-generate ## install what all of this needs (root)
 
-.PHONY: deps-build deps-demo deps-image deps-test deps-e2e deps-lint deps-generate
-deps-build deps-demo deps-image deps-test deps-e2e deps-lint deps-generate: deps-%:
+.PHONY: deps-build deps-demo deps-image deps-test deps-e2e deps-kernels deps-lint deps-generate
+deps-build deps-demo deps-image deps-test deps-e2e deps-kernels deps-lint deps-generate: deps-%:
 	@if [ '$(DEPS)' != 0 ]; then scripts/install-deps.sh $*; fi
 
 .PHONY: need-root

@@ -103,9 +103,12 @@ func (n *Netns) look() error {
 		return err
 	}
 	n.Cookie, err = unix.GetsockoptUint64(n.rt.fd, unix.SOL_SOCKET, unix.SO_NETNS_COOKIE)
-	if err != nil {
+	if errors.Is(err, unix.ENOPROTOOPT) {
 		// Linux 5.14, commit e8b9eab99232.
-		return fmt.Errorf("get its cookie (since Linux 5.14): %w", err)
+		return fmt.Errorf("%w: get its cookie (since Linux 5.14): %w", ErrRefused, err)
+	}
+	if err != nil {
+		return fmt.Errorf("get its cookie: %w", err)
 	}
 	addrs, err := n.rt.addrs()
 	if err != nil {

@@ -34,7 +34,7 @@ func TestPrivilegedProbe(t *testing.T) {
 	noScratch(t)
 	start := time.Now()
 	rows := Probe(t.Context(), ProbeOptions{BPFDir: "/sys/fs/bpf/shunt"})
-	if took := time.Since(start); took > 2*time.Second {
+	if took := time.Since(start); took > 20*time.Second { // half a second, but for machines under emulation
 		t.Errorf("it took %v", took)
 	}
 	var running [2]int

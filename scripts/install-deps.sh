@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 #
 # install-deps.sh SET...: install, from the distribution's own packages, what
-# is missing of the sets build, demo, image, test, e2e, lint and generate. For Debian 12
-# and 13, Ubuntu 22.04 and 24.04. Where nothing is missing it changes nothing
+# is missing of the sets build, demo, image, test, e2e, kernels, lint and generate. For
+# Debian 12 and 13, Ubuntu 22.04 and 24.04. Where nothing is missing it changes nothing
 # and needs no root.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -16,9 +16,12 @@ PATH=$PATH:/usr/local/go/bin:/usr/local/sbin:/usr/sbin:/sbin
   demo=("${build[@]}")
   image=("${build[@]}" iptables=iptables-restore)
   test=("${build[@]}" gcc=gcc libc6-dev=/usr/include/stdlib.h
-    iptables=iptables-restore iproute2=ip haproxy=haproxy redsocks=redsocks)
+    iptables=iptables-restore iproute2=ip haproxy=haproxy redsocks=redsocks
+    squid=squid shadowsocks-libev=ss-redir)
   e2e=("${image[@]}" containerd=containerd runc=runc containernetworking-plugins=/usr/lib/cni/bridge
     iproute2=ip curl=curl openssl=openssl procps=sysctl util-linux=nsenter)
+  kernels=("${build[@]}" qemu-system-x86=qemu-system-x86_64 busybox-static=busybox iptables=iptables-restore
+    nftables=nft iproute2=ip xz-utils=xz zstd=zstd debian-archive-keyring=/usr/share/keyrings/debian-archive-keyring.gpg)
   lint=("${build[@]}" git=git shellcheck=shellcheck)
   generate=("${build[@]}" git=git clang-19=clang-19 llvm-19=llvm-strip-19
     libbpf-dev=/usr/include/bpf/bpf_helpers.h linux-libc-dev=/usr/include/linux/bpf.h)
@@ -118,11 +121,11 @@ need_go() {
       'with GOTOOLCHAIN=auto a Go from 1.21 on gets it by itself'
 }
 
-[[ $# -gt 0 ]] || die 'usage: install-deps.sh build|demo|image|test|e2e|lint|generate ...'
+[[ $# -gt 0 ]] || die 'usage: install-deps.sh build|demo|image|test|e2e|kernels|lint|generate ...'
 wanted=()
 for set in "$@"; do
   case $set in
-    build | demo | image | test | e2e | lint | generate) mapfile -t -O "${#wanted[@]}" wanted < <(missing "$set") ;;
+    build | demo | image | test | e2e | kernels | lint | generate) mapfile -t -O "${#wanted[@]}" wanted < <(missing "$set") ;;
     *) die "no such set: $set" ;;
   esac
 done

@@ -57,6 +57,28 @@ func refuseBPF(words []string) error {
 	return unix.Prctl(unix.PR_SET_SECCOMP, unix.SECCOMP_MODE_FILTER, uintptr(unsafe.Pointer(&program)), 0, 0)
 }
 
+// refuseCookies makes SO_NETNS_COOKIE fail for this process and its children, as
+// before Linux 5.14.
+func refuseCookies() error {
+	const nr, arg1, arg2 = 0, 24, 32 // offsets in struct seccomp_data
+	statement := func(code uint16, k uint32) unix.SockFilter { return unix.SockFilter{Code: code, K: k} }
+	jump := func(k uint32, no uint8) unix.SockFilter {
+		return unix.SockFilter{Code: unix.BPF_JMP | unix.BPF_JEQ | unix.BPF_K, K: k, Jf: no}
+	}
+	filter := []unix.SockFilter{
+		statement(unix.BPF_LD|unix.BPF_W|unix.BPF_ABS, nr),
+		jump(unix.SYS_GETSOCKOPT, 5),
+		statement(unix.BPF_LD|unix.BPF_W|unix.BPF_ABS, arg1),
+		jump(unix.SOL_SOCKET, 3),
+		statement(unix.BPF_LD|unix.BPF_W|unix.BPF_ABS, arg2),
+		jump(unix.SO_NETNS_COOKIE, 1),
+		statement(unix.BPF_RET|unix.BPF_K, unix.SECCOMP_RET_ERRNO|uint32(unix.ENOPROTOOPT)),
+		statement(unix.BPF_RET|unix.BPF_K, unix.SECCOMP_RET_ALLOW),
+	}
+	program := unix.SockFprog{Len: uint16(len(filter)), Filter: &filter[0]}
+	return unix.Prctl(unix.PR_SET_SECCOMP, unix.SECCOMP_MODE_FILTER, uintptr(unsafe.Pointer(&program)), 0, 0)
+}
+
 // refusing has the plugin run on a kernel whose bpf(2) fails at some commands.
 func (n *node) refusing(t testing.TB, errno unix.Errno, commands ...int) {
 	t.Helper()
@@ -90,6 +112,11 @@ var impossible = []struct {
 		"no bpffs", func(t *testing.T, n *node, _ *testbed.Pod) { n.BPFDir = filepath.Join(t.TempDir(), "bpf") },
 		redirect.ReasonNoBPFFS,
 		[]string{"no bpffs: bpfDir: ", "is not in one: mount one"},
+	},
+	{
+		"no netns cookies", func(t *testing.T, n *node, _ *testbed.Pod) { n.wrap(t, wrapNoCookies+"=1") },
+		redirect.ReasonLoadRefused,
+		[]string{"the kernel refuses the datapath", "get its cookie (since Linux 5.14): protocol not available"},
 	},
 	{
 		"no bpf(2)", func(t *testing.T, n *node, _ *testbed.Pod) {

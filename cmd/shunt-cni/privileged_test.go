@@ -41,13 +41,15 @@ const (
 	wrapNoCaps = "SHUNT_CNI_TEST_WITHOUT_CAPS" // numbers of capabilities to do without
 	wrapMounts = "SHUNT_CNI_TEST_MOUNTS_OF"    // a mount namespace to enter
 	wrapNoBPF  = "SHUNT_CNI_TEST_WITHOUT_BPF"  // an errno, and the commands of bpf(2) that give it
-	allSteps   = "SHUNT_CNI_TEST_ALL_STEPS"    // not empty: no sampling
-	seedEnv    = "SHUNT_CNI_TEST_SEED"         // of the samples; random else
-	quietRace  = "GORACE=atexit_sleep_ms=0"    // the race detector's plugin would rest for a second
-	factsLimit = "500ms"                       // podFactsTimeout where facts can't be had
-	addLimit   = 10 * time.Second              // what a failing ADD may take here, on a machine that is busy
-	settleTime = 10 * time.Second              // what the kernel may take to destroy closed sockets
-	sampled    = 8                             // steps tried of a phase that is sampled
+	// not empty: a kernel without netns cookies
+	wrapNoCookies = "SHUNT_CNI_TEST_WITHOUT_COOKIES"
+	allSteps      = "SHUNT_CNI_TEST_ALL_STEPS" // not empty: no sampling
+	seedEnv       = "SHUNT_CNI_TEST_SEED"      // of the samples; random else
+	quietRace     = "GORACE=atexit_sleep_ms=0" // the race detector's plugin would rest for a second
+	factsLimit    = "500ms"                    // podFactsTimeout where facts can't be had
+	addLimit      = 10 * time.Second           // what a failing ADD may take here, on a machine that is busy
+	settleTime    = 10 * time.Second           // what the kernel may take to destroy closed sockets
+	sampled       = 8                          // steps tried of a phase that is sampled
 )
 
 func init() {
@@ -96,6 +98,11 @@ func becomeWrapped(plugin string) error {
 	if refused := strings.Fields(os.Getenv(wrapNoBPF)); len(refused) > 0 {
 		if err := refuseBPF(refused); err != nil {
 			return fmt.Errorf("refuse bpf(2): %w", err)
+		}
+	}
+	if os.Getenv(wrapNoCookies) != "" {
+		if err := refuseCookies(); err != nil {
+			return fmt.Errorf("refuse cookies: %w", err)
 		}
 	}
 	return syscall.Exec(plugin, []string{plugin}, os.Environ())

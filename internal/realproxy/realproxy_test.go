@@ -15,6 +15,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -36,13 +37,32 @@ type bed struct {
 	app *testbed.App
 }
 
+// A path is a way in which pods are redirected.
+type path struct{ datapath, hook string }
+
+var (
+	eBPF     = path{"ebpf", "sk_lookup"}
+	tc       = path{"ebpf", "tc"}
+	iptables = path{"iptables", "auto"}
+)
+
+// eachPath runs a test on paths.
+func eachPath(t *testing.T, test func(t *testing.T, on path), paths ...path) {
+	t.Helper()
+	testbed.Privileged(t)
+	for _, on := range paths {
+		t.Run(on.datapath+" "+on.hook, func(t *testing.T) { test(t, on) })
+	}
+}
+
 // newBed begins a privileged test. The world answers everywhere but at the
-// ports in except.
-func newBed(t *testing.T, except ...uint16) *bed {
+// ports in except, as does the app.
+func newBed(t *testing.T, on path, except ...uint16) *bed {
 	t.Helper()
 	testbed.Privileged(t)
 	testbed.NoLeaks(t)
 	api, cni := testbed.NewAPIServer(t), testbed.NewCNI(t)
+	cni.Config = map[string]any{"datapath": on.datapath, "inboundHook": on.hook}
 	cni.Kubeconfig = api.WriteKubeconfig(t, t.TempDir())
 	p := testbed.NewPod(t)
 	p.World.ServeAll(t, except...)
@@ -53,7 +73,8 @@ func newBed(t *testing.T, except ...uint16) *bed {
 			t.Errorf("DEL: %s", r)
 		}
 	})
-	return &bed{Pod: p, app: p.StartApp(t, appPorts...)}
+	own := slices.DeleteFunc(slices.Clone(appPorts), func(port uint16) bool { return slices.Contains(except, port) })
+	return &bed{Pod: p, app: p.StartApp(t, own...)}
 }
 
 // program finds an installed program, or skips the test.
@@ -88,17 +109,27 @@ func (b *bed) start(t *testing.T, config string, argv ...string) *testbed.Proces
 	for i := range argv {
 		argv[i] = strings.ReplaceAll(argv[i], "%s", file)
 	}
-	p := b.Start(t, testbed.ProcessSpec{Argv: argv, UID: testbed.ProxyUID, GID: testbed.ProxyGID, Container: "proxy"})
+	return b.startUntil(t, testbed.ProcessSpec{Argv: argv}, testbed.OutboundPort, testbed.InboundPort)
+}
+
+// startUntil starts a proxy as the proxy's user, and waits until it listens on
+// ports.
+func (b *bed) startUntil(t *testing.T, spec testbed.ProcessSpec, ports ...int) *testbed.Process {
+	t.Helper()
+	spec.UID, spec.GID, spec.Container = testbed.ProxyUID, testbed.ProxyGID, "proxy"
+	argv := spec.Argv
+	p := b.Start(t, spec)
 	testbed.Eventually(t, argv[0]+" to listen", func() bool {
 		if !p.Running() {
 			t.Fatalf("%s has ended:\n%s", argv[0], p.Output())
 		}
 		// The wildcard address and the port in hexadecimal, in state LISTEN.
-		table, err := os.ReadFile(fmt.Sprintf("/proc/%d/net/tcp", p.PID))
-		listens := func(port int) bool {
-			return strings.Contains(string(table), fmt.Sprintf(" 00000000:%04X 00000000:0000 0A ", port))
-		}
-		return err == nil && listens(testbed.OutboundPort) && listens(testbed.InboundPort)
+		four, err4 := os.ReadFile(fmt.Sprintf("/proc/%d/net/tcp", p.PID))
+		six, err6 := os.ReadFile(fmt.Sprintf("/proc/%d/net/tcp6", p.PID))
+		return err4 == nil && err6 == nil && !slices.ContainsFunc(ports, func(port int) bool {
+			return !strings.Contains(string(four), fmt.Sprintf(" 00000000:%04X 00000000:0000 0A ", port)) &&
+				!strings.Contains(string(six), fmt.Sprintf(" %032X:%04X %032X:0000 0A ", 0, port, 0))
+		})
 	})
 	return p
 }
@@ -168,9 +199,11 @@ backend app
 	source 127.0.0.6
 `
 
-func TestPrivilegedHAProxy(t *testing.T) {
+func TestPrivilegedHAProxy(t *testing.T) { eachPath(t, testHAProxy, eBPF, iptables) }
+
+func testHAProxy(t *testing.T, on path) {
 	haproxy := program(t, "haproxy")
-	b := newBed(t)
+	b := newBed(t, on)
 	p := b.start(t, haproxyConfig, haproxy, "-db", "-f", "%s")
 	var logged []string
 	for _, s := range destinations {
@@ -354,9 +387,11 @@ redsocks {
 }
 `
 
-func TestPrivilegedRedsocks(t *testing.T) {
+func TestPrivilegedRedsocks(t *testing.T) { eachPath(t, testRedsocks, eBPF, iptables) }
+
+func testRedsocks(t *testing.T, on path) {
 	redsocks := program(t, "redsocks")
-	b := newBed(t, 1080)
+	b := newBed(t, on, 1080)
 	u := startUpstream(t, b.World)
 	b.start(t, redsocksConfig, redsocks, "-c", "%s")
 	var want []string
