@@ -111,7 +111,7 @@ func deletePod(t *testing.T, name string) {
 func awaitReady(t *testing.T, name string) *corev1.Pod {
 	t.Helper()
 	var p *corev1.Pod
-	err := poll(90*time.Second, func() (err error) {
+	err := poll(3*time.Minute, func() (err error) {
 		if p, err = client.CoreV1().Pods(space).Get(t.Context(), name, metav1.GetOptions{}); err != nil {
 			return err
 		}

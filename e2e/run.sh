@@ -29,6 +29,9 @@ lap 'everything is built'
 
 # One name for each copy of the project: they may be tested side by side.
 name=shunt-e2e-$(cksum <<<"$E2E_CACHE" | cut -d' ' -f1)
+for left in "$E2E_CACHE"/run/*/; do # of a run that was killed
+  [[ ! -d $left ]] || "$here/node/node.sh" down "$(basename "$left")"
+done
 failed=()
 for E2E_MODE in $MODES; do
   E2E_NODE=$name-$E2E_MODE

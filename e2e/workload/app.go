@@ -167,13 +167,13 @@ func (a *application) showHeld(w http.ResponseWriter, r *http.Request) {
 }
 
 func (a *application) keepDialling(ctx context.Context, url string) {
-	for wait := time.Millisecond; ctx.Err() == nil; {
+	for wait := 10 * time.Millisecond; ctx.Err() == nil; {
+		wait = min(2*wait, 100*time.Millisecond) // fifty that don't wait leave nothing for their proxies to start with
 		d := dial(ctx, url)
 		a.mu.Lock()
 		a.early.Tried++
 		if d.Error == "" {
 			a.early.Answered++
-			wait = 100 * time.Millisecond
 			if d.Answer.Who != "proxy" {
 				a.early.Around = append(a.early.Around, d)
 			}
