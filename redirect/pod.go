@@ -90,13 +90,28 @@ func ParsePod(data []byte) (*Pod, error) {
 }
 
 // keyConfigHash is where the kubelet keeps the UID that a static pod has on
-// its node; the API server's mirror pod bears another one in metadata.uid.
-const keyConfigHash = "kubernetes.io/config.hash"
+// its node; the API server's mirror pod, which keyConfigMirror marks, bears
+// another one in metadata.uid.
+const (
+	keyConfigHash   = "kubernetes.io/config.hash"
+	keyConfigMirror = "kubernetes.io/config.mirror"
+)
 
 // MatchesUID reports whether uid, as the runtime gave it in K8S_POD_UID, is
 // this pod's (semantics P6). An empty uid matches nothing.
 func (p *Pod) MatchesUID(uid string) bool {
 	return uid != "" && (uid == p.UID || uid == p.Annotations[keyConfigHash])
+}
+
+// NodeUID returns the UID by which the node knows the pod: its runtime, and its
+// cgroups. A static pod's own is that of its mirror in the API server. The mark
+// of a mirror has to be there as well: who may create a pod could else give it
+// the UID of another, but no kubelet runs a pod that says it is a mirror.
+func (p *Pod) NodeUID() string {
+	if hash := p.Annotations[keyConfigHash]; hash != "" && p.Annotations[keyConfigMirror] != "" {
+		return hash
+	}
+	return p.UID
 }
 
 // Container returns the container of that name, looking at the containers

@@ -80,7 +80,7 @@ func TestBroken(t *testing.T) {
 		{"restartPolicy Never", never, ""},
 		{"restartPolicy OnFailure", func(p *corev1.Pod) { p.Spec.RestartPolicy = corev1.RestartPolicyOnFailure }, ""},
 		{"labelled", func(p *corev1.Pod) { p.Labels["cni.istio.io/uninitialized"] = "true" }, ""},
-		{"a static pod", func(p *corev1.Pod) { p.Annotations[keyConfigHash] = "0123" }, ""},
+		{"a static pod", func(p *corev1.Pod) { p.Annotations["kubernetes.io/config.hash"] = "0123" }, ""},
 		{"the annotation is empty", func(p *corev1.Pod) { p.Annotations[keyStatus] = "" }, ""},
 		{"not the first init container", func(p *corev1.Pod) {
 			p.Status.InitContainerStatuses = append([]corev1.ContainerStatus{{Name: "other", State: ended(0)}}, p.Status.InitContainerStatuses...)

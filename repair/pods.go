@@ -11,16 +11,9 @@ import (
 	"shunt.dev/shunt/redirect"
 )
 
-// keyConfigHash is where the kubelet keeps the UID that a static pod has on its
-// node.
-const keyConfigHash = "kubernetes.io/config.hash"
-
-// nodeUID is the UID by which the node knows a pod: its runtime and its cgroups.
+// nodeUID is the UID by which the node knows a pod: see redirect.Pod.
 func nodeUID(pod *corev1.Pod) string {
-	if hash := pod.Annotations[keyConfigHash]; hash != "" {
-		return hash
-	}
-	return string(pod.UID)
+	return (&redirect.Pod{ObjectMeta: redirect.ObjectMeta{UID: string(pod.UID), Annotations: pod.Annotations}}).NodeUID()
 }
 
 // factsOf gives what the rules need of a pod.

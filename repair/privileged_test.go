@@ -86,7 +86,7 @@ func (b *bed) start(t *testing.T, opts ...testbed.Option) (*testbed.Pod, *testbe
 	t.Helper()
 	p := testbed.NewPod(t, append([]testbed.Option{testbed.InWorld(b.world)}, opts...)...)
 	pause := p.Start(t, testbed.ProcessSpec{Argv: []string{"sleep", "infinity"}, UID: 65535, GID: 65535, Container: p.ContainerID})
-	b.cri.add(p.UID, p.ContainerID, containerdInfo(pause.PID, p.NetnsPath()), ready, time.Now().Add(-time.Hour))
+	b.cri.add(p.Namespace, p.Name, p.UID, p.ContainerID, containerdInfo(pause.PID, p.NetnsPath()), ready, time.Now().Add(-time.Hour))
 	return p, pause
 }
 

@@ -146,8 +146,10 @@ func (f *finder) ask(ctx context.Context, pod *corev1.Pod) (_ *sandbox, err erro
 		return nil, err
 	}
 	ready := slices.DeleteFunc(list.Items, func(s *runtimeapi.PodSandbox) bool {
-		// Not every runtime has filtered.
-		return s.State != runtimeapi.PodSandboxState_SANDBOX_READY || s.Labels[labelPodUID] != nodeUID(pod)
+		// Not every runtime has filtered. The name is looked at because a pod's
+		// annotation has a part in nodeUID.
+		return s.State != runtimeapi.PodSandboxState_SANDBOX_READY || s.Labels[labelPodUID] != nodeUID(pod) ||
+			s.GetMetadata().GetNamespace() != pod.Namespace || s.GetMetadata().GetName() != pod.Name
 	})
 	if len(ready) == 0 {
 		return nil, errNoSandbox

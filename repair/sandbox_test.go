@@ -63,11 +63,12 @@ func startCRI(t testing.TB) *fakeCRI {
 }
 
 // add gives a pod a sandbox.
-func (f *fakeCRI) add(uid, id, info string, state runtimeapi.PodSandboxState, created time.Time) {
+func (f *fakeCRI) add(namespace, name, uid, id, info string, state runtimeapi.PodSandboxState, created time.Time) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.boxes = append(f.boxes, &runtimeapi.PodSandbox{
 		Id: id, State: state, CreatedAt: created.UnixNano(), Labels: map[string]string{labelPodUID: uid},
+		Metadata: &runtimeapi.PodSandboxMetadata{Namespace: namespace, Name: name, Uid: uid},
 	})
 	f.info[id] = info
 }
@@ -171,13 +172,13 @@ func TestFind(t *testing.T) {
 	f := &finder{socket: cri.socket, proc: filepath.Join(dir, "proc"), log: slog.New(slog.DiscardHandler)}
 	defer f.close()
 	now := time.Now()
-	cri.add("uid-other", "other", containerdInfo(1, netns), ready, now)
-	cri.add("uid-x", "first", containerdInfo(1, netns), notReady, now.Add(time.Hour))
+	cri.add("shop", "other", "uid-other", "other", containerdInfo(1, netns), ready, now)
+	cri.add("shop", "x", "uid-x", "first", containerdInfo(1, netns), notReady, now.Add(time.Hour))
 	if _, err := f.find(t.Context(), pod); !errors.Is(err, errNoSandbox) {
 		t.Errorf("a pod whose sandbox has ended: %v", err)
 	}
-	cri.add("uid-x", "third", containerdInfo(1, netns), ready, now.Add(2*time.Second))
-	cri.add("uid-x", "second", containerdInfo(1, "/nosuch"), ready, now.Add(time.Second))
+	cri.add("shop", "x", "uid-x", "third", containerdInfo(1, netns), ready, now.Add(2*time.Second))
+	cri.add("shop", "x", "uid-x", "second", containerdInfo(1, "/nosuch"), ready, now.Add(time.Second))
 	got, err := f.find(t.Context(), pod)
 	if err != nil || got.ID != "third" || got.Netns != netns || !got.Since.Equal(now.Add(2*time.Second).Truncate(0)) {
 		t.Errorf("%+v, %v", got, err)
@@ -187,14 +188,26 @@ func TestFind(t *testing.T) {
 		t.Errorf("%v, %v", all, err)
 	}
 	// A static pod bears another UID on its node.
-	static := broken("s", func(p *corev1.Pod) { p.Annotations[keyConfigHash] = "0123456789abcdef" })
-	cri.add("0123456789abcdef", "static", containerdInfo(1, netns), ready, now)
+	static := broken("s", func(p *corev1.Pod) {
+		p.Annotations["kubernetes.io/config.hash"], p.Annotations["kubernetes.io/config.mirror"] = "0123456789abcdef", "0123456789abcdef"
+	})
+	cri.add("shop", "s", "0123456789abcdef", "static", containerdInfo(1, netns), ready, now)
 	if got, err := f.find(t.Context(), static); err != nil || got.ID != "static" {
 		t.Errorf("%+v, %v", got, err)
 	}
+	// A pod that gives itself the UID of another is not that one, with the mark of
+	// a mirror or without.
+	for _, key := range []string{"", "kubernetes.io/config.mirror"} {
+		thief := broken("thief", func(p *corev1.Pod) {
+			p.Annotations["kubernetes.io/config.hash"], p.Annotations[key] = "uid-x", "uid-x"
+		})
+		if got, err := f.find(t.Context(), thief); !errors.Is(err, errNoSandbox) {
+			t.Errorf("the sandbox of another pod was found by an annotation: %+v, %v", got, err)
+		}
+	}
 	// A namespace that can't be seen.
 	hidden := broken("h")
-	cri.add("uid-h", "hidden", containerdInfo(7, "/nosuch/netns"), ready, now)
+	cri.add("shop", "h", "uid-h", "hidden", containerdInfo(7, "/nosuch/netns"), ready, now)
 	if _, err := f.find(t.Context(), hidden); err == nil || !strings.Contains(err.Error(), `neither "/nosuch/netns" nor that of process 7: mount /run/netns`) {
 		t.Errorf("a namespace that can't be seen: %v", err)
 	}

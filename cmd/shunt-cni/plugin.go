@@ -278,14 +278,9 @@ func (p *plugin) target(c *call, pod *redirect.Pod) redirect.Target {
 		Pod:        redirect.PodRef{Namespace: c.pod.Namespace, Name: c.pod.Name, UID: c.pod.UID},
 		Addrs:      c.addrs,
 	}
-	// A runtime that gives no UID (K8S_POD_UID is younger than the rest): the
-	// kubelet knows a static pod by its hash, others by their metadata.uid.
 	uid := c.pod.UID
-	if uid == "" && pod != nil {
-		t.Pod.UID = pod.UID
-		if uid = pod.Annotations["kubernetes.io/config.hash"]; uid == "" {
-			uid = pod.UID
-		}
+	if uid == "" && pod != nil { // by a runtime from before K8S_POD_UID
+		t.Pod.UID, uid = pod.UID, pod.NodeUID()
 	}
 	t.Cgroup, t.NoCgroup = p.podCgroup(c.conf.CgroupRoot, c.conf.CgroupPath, uid)
 	return t

@@ -125,12 +125,7 @@ func (p *place) target(s *subject, n namespace, a *attached) (redirect.Target, e
 			return t, nil
 		}
 	}
-	// The kubelet knows a static pod by its hash.
-	uid := s.Pod.Annotations["kubernetes.io/config.hash"]
-	if uid == "" {
-		uid = s.Pod.UID
-	}
-	t.Cgroup, t.NoCgroup = loader.FindPodCgroup(mount, "", uid)
+	t.Cgroup, t.NoCgroup = loader.FindPodCgroup(mount, "", s.Pod.NodeUID())
 	return t, nil
 }
 
