@@ -114,11 +114,12 @@ func (o *owner) note(set *appsv1.DaemonSet) {
 
 func (o *owner) String() string { return o.namespace + "/" + o.name }
 
-// seenGone says whether the watch has seen that the DaemonSet is deleted.
-func (o *owner) seenGone() (gone bool, changed <-chan struct{}) {
+// seenGone says whether the watch has seen that the DaemonSet is deleted, and
+// whether it has ever seen it.
+func (o *owner) seenGone() (gone, seen bool, changed <-chan struct{}) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	return o.seen && (o.last == nil || o.last.DeletionTimestamp != nil), o.changed
+	return o.seen && (o.last == nil || o.last.DeletionTimestamp != nil), o.seen, o.changed
 }
 
 // verdict says whether the node is still to have the plugin, and why.
@@ -132,8 +133,8 @@ func (o *owner) verdict(ctx context.Context) (verdict, string) {
 	see, cancel := context.WithTimeout(ctx, o.see)
 	defer cancel()
 	for {
-		gone, changed := o.seenGone()
-		if gone {
+		gone, seen, changed := o.seenGone()
+		if gone || seen && apierrors.IsNotFound(err) {
 			return remove, fmt.Sprintf("DaemonSet %s is deleted", o)
 		}
 		if apierrors.IsNotFound(err) {

@@ -182,6 +182,17 @@ func TestVerdictWaits(t *testing.T) {
 	}
 }
 
+// TestVerdictWithoutWatch: what the API server says counts though the watch has not
+// seen it.
+func TestVerdictWithoutWatch(t *testing.T) {
+	s := fakekube.Start(t)
+	o := newOwner(newClient(t, s), "shunt", "shunt-node", "node-1", logTo(new(bytes.Buffer)))
+	o.note(daemonSet())
+	if v, why := o.verdict(t.Context()); v != remove {
+		t.Errorf("got %v: %s", v, why)
+	}
+}
+
 func daemonSet() *appsv1.DaemonSet {
 	return &appsv1.DaemonSet{ObjectMeta: metav1.ObjectMeta{Namespace: "shunt", Name: "shunt-node"}}
 }
