@@ -171,7 +171,15 @@ func Drain(runDir string, each func(line []byte)) (n int, err error) {
 	if err := lock(fd, unix.LOCK_EX, drainWait); err != nil {
 		return fail(fmt.Errorf("lock it: %w", err))
 	}
-	rest, err := readFrom(fd, int64(len(whole)))
+	// Another agent, as there are two in an upgrade, may have emptied it meanwhile.
+	from := int64(len(whole))
+	var st unix.Stat_t
+	if err := unix.Fstat(fd, &st); err != nil {
+		return fail(fmt.Errorf("stat it: %w", err))
+	} else if st.Size < from {
+		from = 0
+	}
+	rest, err := readFrom(fd, from)
 	if err != nil {
 		return fail(err)
 	}
