@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"shunt.dev/shunt/internal/kubeapi"
+	"shunt.dev/shunt/internal/rundir"
 	"shunt.dev/shunt/redirect"
 )
 
@@ -275,8 +276,8 @@ func (in *Installer) pass(ctx context.Context) (out outcome) {
 	if err := in.gone(); err != nil {
 		return outcome{result: ResultConf, err: err}
 	}
-	if err := prepareRunDir(in.opts.RunDir); err != nil {
-		return outcome{result: ResultRunDir, err: fmt.Errorf("run directory: %w", err)}
+	if err := rundir.Prepare(in.opts.RunDir); err != nil {
+		return outcome{result: ResultRunDir, err: fmt.Errorf("run directory: %w", explain(err))}
 	}
 	release, err := lock(ctx, in.opts.RunDir)
 	if err != nil {

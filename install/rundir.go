@@ -23,35 +23,6 @@ const (
 	lockFile   = "install.lock" // held by who installs or uninstalls
 )
 
-// prepareRunDir makes the directory, and refuses one that others could put their
-// own files into: the plugin, root, goes by what is in it.
-func prepareRunDir(dir string) error {
-	if err := os.MkdirAll(filepath.Dir(dir), 0o755); err != nil {
-		return explain(err)
-	}
-	if err := os.Mkdir(dir, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
-		return explain(err)
-	}
-	st, err := os.Lstat(dir)
-	if err != nil {
-		return explain(err)
-	}
-	switch a := attributesOf(st); {
-	case st.Mode()&fs.ModeSymlink != 0:
-		return fmt.Errorf("%s is a symbolic link: expected a directory, which nobody can have lead elsewhere", dir)
-	case !st.IsDir():
-		return fmt.Errorf("%s is not a directory", dir)
-	case a.uid != os.Geteuid():
-		return fmt.Errorf("%s belongs to user %d: expected %d", dir, a.uid, os.Geteuid())
-	case a.mode&0o022 != 0:
-		return fmt.Errorf("%s can be written by others (mode %#o): look who has made it so, then chmod 0700", dir, a.mode)
-	case a.mode != 0o700:
-		// As the kubelet makes the directory of a volume.
-		return explain(os.Chmod(dir, 0o700))
-	}
-	return nil
-}
-
 func writeAgent(dir string, a redirect.AgentRef) (changed bool, err error) {
 	return put(filepath.Join(dir, agentFile), []byte(a.Namespace+"/"+a.DaemonSet+"\n"), 0o600)
 }

@@ -22,6 +22,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 
+	"shunt.dev/shunt/internal/rundir"
 	"shunt.dev/shunt/redirect"
 )
 
@@ -116,7 +117,7 @@ func (s *server) run(ctx context.Context) error {
 // socket there at any moment.
 func (s *server) listen(ctx context.Context) (net.Listener, error) {
 	dir := filepath.Dir(s.path)
-	if err := privateDir(dir); err != nil {
+	if err := rundir.Prepare(dir); err != nil {
 		return nil, err
 	}
 	temporary := s.path + ".new"
@@ -148,24 +149,6 @@ func (s *server) listen(ctx context.Context) (net.Listener, error) {
 	s.ours = info
 	s.mu.Unlock()
 	return &rootsOnly{UnixListener: unixListener, cache: s.cache}, nil
-}
-
-// privateDir makes sure of a directory that is its owner's alone.
-func privateDir(dir string) error {
-	if err := os.MkdirAll(dir, 0o700); err != nil {
-		return err
-	}
-	var st unix.Stat_t
-	if err := unix.Stat(dir, &st); err != nil {
-		return &fs.PathError{Op: "stat", Path: dir, Err: err}
-	}
-	if uid := os.Geteuid(); int(st.Uid) != uid {
-		return fmt.Errorf("%s belongs to uid %d, not to %d, as whom the agent runs: remove it", dir, st.Uid, uid)
-	}
-	if st.Mode&0o777 != 0o700 {
-		return os.Chmod(dir, 0o700)
-	}
-	return nil
 }
 
 // remove removes the socket, if it is still this server's.

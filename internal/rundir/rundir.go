@@ -1,0 +1,82 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package rundir makes sure of the plugin's run directory, by whose files the
+// plugin, which is root, goes.
+package rundir
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"syscall"
+)
+
+// ours are names that Shunt has in its run directory. Any of them shows that a
+// directory is not somebody else's.
+var ours = []string{"agent", "agent.sock", "install.lock", "kubeconfig", "lock", "attachments", "iptables", "log"}
+
+// Prepare makes the directory, readable by its owner alone. It refuses one that
+// others could put their own files into, and changes the mode only of one that
+// is new, or Shunt's already: a runDir that names a directory of the system by
+// mistake must not take that away from everybody else.
+func Prepare(dir string) error {
+	if err := os.MkdirAll(filepath.Dir(dir), 0o755); err != nil {
+		return err
+	}
+	if err := os.Mkdir(dir, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
+		return err
+	}
+	st, err := os.Lstat(dir)
+	if err != nil {
+		return err
+	}
+	if st.Mode()&fs.ModeSymlink != 0 {
+		return fmt.Errorf("%s is a symbolic link: expected a directory, which nobody can have lead elsewhere", dir)
+	}
+	if !st.IsDir() {
+		return fmt.Errorf("%s is not a directory", dir)
+	}
+	uid, mode := ownerOf(st), st.Mode().Perm()
+	switch {
+	case uid != os.Geteuid():
+		return fmt.Errorf("%s belongs to user %d: expected %d", dir, uid, os.Geteuid())
+	case mode&0o022 != 0:
+		return fmt.Errorf("%s can be written by others (mode %#o): look who has made it so, then chmod 0700", dir, mode)
+	case mode == 0o700:
+		return nil
+	}
+	// As the kubelet makes the directory of a volume.
+	names, err := namesIn(dir)
+	if err != nil {
+		return err
+	}
+	if len(names) > 0 && !slices.ContainsFunc(names, func(n string) bool { return slices.Contains(ours, n) }) {
+		return fmt.Errorf("%s has files of others (%s): expected a directory of Shunt's own, such as /run/shunt", dir, names[0])
+	}
+	return os.Chmod(dir, 0o700)
+}
+
+func namesIn(dir string) ([]string, error) {
+	d, err := os.Open(dir)
+	if err != nil {
+		return nil, err
+	}
+	defer d.Close()
+	names, err := d.Readdirnames(1000)
+	if errors.Is(err, io.EOF) {
+		err = nil
+	}
+	return names, err
+}
+
+// ownerOf gives the user whom a file belongs to.
+func ownerOf(st fs.FileInfo) int {
+	if s, ok := st.Sys().(*syscall.Stat_t); ok {
+		return int(s.Uid)
+	}
+	return -1
+}
