@@ -121,7 +121,7 @@ func TestSchemaAgreesWithPlugin(t *testing.T) {
 		"proxy.dnsPort":              {[]any{1, 53, 65535}, []any{0, 65536, nil, 15001, 15006, 15008}},
 		"proxy.excludeInboundPorts":  {[]any{[]int{}, []int{1, 65535}, []int{15001}}, []any{[]int{0}, []int{65536}, 80, []string{"80"}, nil, "80"}},
 		"proxy.other":                {nil, []any{1, "a"}},
-		"runDir":                     {[]any{"/run/shunt", "/a", "/a/..b", "/.a/b"}, slices.Concat(paths[:4], []any{"/a/", "/a/./b", "/a//b"})},
+		"runDir":                     {[]any{"/run/shunt", "/a/..b", "/.a/b"}, slices.Concat(paths[:5], []any{"/a/", "/a/./b", "/a//b"})},
 		"bpfDir":                     {[]any{"/sys/fs/bpf/shunt", "/a/b"}, slices.Concat(paths[:5], []any{"/a/../b"})},
 		"cgroupRoot":                 {[]any{"", "/sys/fs/cgroup", "/a"}, []any{"a", "/a/../b", "/..", 5}},
 	} {
@@ -179,7 +179,7 @@ func TestRefusals(t *testing.T) {
 		"tolerations":                   {values{}, []values{{"operators": "Exists"}}, []values{{"operator": "exists"}}},
 		"updateStrategy.type":           {"Recreate", nil},
 		"updateStrategy.rollingUpdate":  {values{"maxUnavailable": "101%"}, values{"max": 1}},
-		"terminationGracePeriodSeconds": {0, "30", -1},
+		"terminationGracePeriodSeconds": {0, 29, "30", -1},
 		"hostNetwork":                   {"true"},
 		"seccompProfile":                {values{"type": "None"}, values{"type": "Localhost"}},
 		"appArmorProfile":               {values{"type": "unconfined"}},

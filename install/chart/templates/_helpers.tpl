@@ -100,7 +100,7 @@ chain. Alone in a file, it needs a name and a version of its own.
     "podFactsTimeout" .Values.podFactsTimeout
     "proxy" .Values.proxy -}}
 {{- if not $s.chained -}}
-{{- $entry = merge (dict "name" "shunt-cni" "cniVersion" "1.1.0") $entry -}}
+{{- $entry = merge (dict "name" "shunt-cni" "cniVersion" "1.0.0") $entry -}}
 {{- end -}}
 {{ $entry | toPrettyJson }}
 {{- end }}
