@@ -52,12 +52,13 @@ type pace struct {
 	sweepEvery time.Duration
 	grace      time.Duration // how long a container must have been running for its pod to be looked at
 	settle     time.Duration // between two looks, which both must find the same
+	reread     time.Duration // between two looks at the netconf, of which the kubelet takes a minute to bring a change
 }
 
 var usualPace = pace{
 	workers: 4, qps: 10, burst: 20, callTime: 10 * time.Second,
 	retryFirst: 500 * time.Millisecond, retryMost: 5 * time.Minute,
-	sweepEvery: time.Minute, grace: 30 * time.Second, settle: 5 * time.Second,
+	sweepEvery: time.Minute, grace: 30 * time.Second, settle: 5 * time.Second, reread: 5 * time.Second,
 }
 
 // A key names one pod: another of that name is another.

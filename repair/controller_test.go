@@ -144,6 +144,7 @@ var quickPace = pace{
 	workers: 4, qps: 5000, burst: 100, callTime: 300 * time.Millisecond,
 	retryFirst: 5 * time.Millisecond, retryMost: 100 * time.Millisecond,
 	sweepEvery: time.Hour, grace: 30 * time.Second, settle: time.Millisecond,
+	reread: 10 * time.Millisecond,
 }
 
 // rules are those of the chart, by mode: the agent's part that a pod shares, and

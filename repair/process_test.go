@@ -155,6 +155,32 @@ func write(t *testing.T, path, text string) string {
 	return path
 }
 
+// TestNetconf: another configuration ends the controller, to be started anew with
+// it; one that is refused does not.
+func TestNetconf(t *testing.T) {
+	s := fakekube.Start(t)
+	path := write(t, filepath.Join(t.TempDir(), "netconf.json"), `{"type":"shunt-cni"}`)
+	replace := func(text string) {
+		t.Helper()
+		if err := os.Rename(write(t, path+".new", text), path); err != nil {
+			t.Fatal(err)
+		}
+	}
+	c := startCommand(t, s.WriteKubeconfig(t, t.TempDir()), path, nil, "--repair-pods=false")
+	said := func(what string) func() bool {
+		return func() bool { return strings.Contains(c.out.String(), what) }
+	}
+	eventually(t, "a controller", said("looking after"))
+	replace(`{"type":"shunt-cni","datapath":"x"}`)
+	eventually(t, "a refusal that names the key", said("datapath: "))
+	replace(`{"type":"shunt-cni"}`)
+	replace(`{"type":"shunt-cni","datapath":"iptables"}`)
+	eventually(t, "its end", c.ended)
+	if c.err != nil || !said("has changed")() {
+		t.Errorf("it ended with %v", c.err)
+	}
+}
+
 // TestKilled: a controller that is killed in the middle, again and again, leaves
 // nothing undone, and does nothing twice.
 func TestKilled(t *testing.T) {

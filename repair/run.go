@@ -3,6 +3,7 @@
 package repair
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"flag"
@@ -198,12 +199,46 @@ func (c *config) serve(ctx context.Context) error {
 		})
 		defer srv.Close()
 	}
+	wg.Go(func() { c.watchNetconf(ctx, data, cancel) })
 	c.Log.Info("looking after the node's pods", "node", c.Node, "initContainer", c.InitContainer, "modes", strings.Join(c.names(), " "))
 	control.run(ctx)
-	if err := context.Cause(ctx); !errors.Is(err, context.Canceled) {
+	switch err := context.Cause(ctx); {
+	case errors.Is(err, errNetconf):
+		c.Log.Info(err.Error())
+	case !errors.Is(err, context.Canceled):
 		return err
 	}
 	return nil
+}
+
+// errNetconf ends the controller.
+var errNetconf = errors.New("the network configuration has changed: to be started anew, with that")
+
+// watchNetconf ends the controller when there is another valid netconf, for the
+// kubelet to start it anew: by an old one it would mend pods that are to be left
+// alone by now, or by a datapath that was given up.
+func (c *config) watchNetconf(ctx context.Context, inForce []byte, end func(error)) {
+	tick := time.NewTicker(c.pace.reread)
+	defer tick.Stop()
+	seen := inForce
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+		data, err := os.ReadFile(c.netconf)
+		if err != nil || bytes.Equal(data, seen) {
+			continue // being replaced; or nothing new
+		}
+		seen = data
+		if _, err := netconf.Parse(data); err != nil {
+			c.Log.Error("the network configuration is refused, and the one before stays in force", "file", c.netconf, "error", err)
+		} else if !bytes.Equal(data, inForce) {
+			end(errNetconf)
+			return
+		}
+	}
 }
 
 // apiServer connects to the API server, lazily.
