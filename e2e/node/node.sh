@@ -336,7 +336,8 @@ start() {
       --service-account-signing-key-file=pki/sa.key --token-auth-file=tokens.csv '--authorization-mode=Node,RBAC'
       --enable-admission-plugins=NodeRestriction --allow-privileged=true --kubelet-preferred-address-types=InternalIP) ;;
     kube-controller-manager) command=("$HYPER/kube-controller-manager" --kubeconfig=kcm.conf --leader-elect=false
-      --service-account-private-key-file=pki/sa.key --root-ca-file=pki/apiserver.crt --bind-address=127.0.0.1 --cert-dir=kcm) ;;
+      --service-account-private-key-file=pki/sa.key --root-ca-file=pki/apiserver.crt --bind-address=127.0.0.1 --cert-dir=kcm
+      --flex-volume-plugin-dir=/run/k8s/volume-plugins) ;;
     kube-scheduler) command=("$HYPER/kube-scheduler" --kubeconfig=scheduler.conf --leader-elect=false
       --bind-address=127.0.0.1 --cert-dir=scheduler) ;;
     kubelet) command=("$HYPER/kubelet" --config=kubelet.yaml --kubeconfig=node.conf --hostname-override="$NAME"
