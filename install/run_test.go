@@ -272,6 +272,11 @@ func TestToken(t *testing.T) {
 	}
 }
 
+// rewrite replaces a file as a whole: one that is half written is for TestRun.
+func rewrite(n *node, name, text string) error {
+	return errors.Join(os.WriteFile(n.path("theirs"), []byte(text), 0o600), os.Rename(n.path("theirs"), n.path(name)))
+}
+
 // TestFight has another agent undo at once whatever is done.
 func TestFight(t *testing.T) {
 	for _, c := range []struct {
@@ -283,9 +288,7 @@ func TestFight(t *testing.T) {
 	}{
 		{
 			name: "Cilium writes its file anew", file: "05-cilium.conflist", theirs: plain(cilium), says: "cni.exclusive=false",
-			undo: func(n *node) error {
-				return os.WriteFile(n.path("net.d/05-cilium.conflist"), []byte(plain(cilium)), 0o600)
-			},
+			undo: func(n *node) error { return rewrite(n, "net.d/05-cilium.conflist", plain(cilium)) },
 		},
 		{
 			name: "Cilium renames what is not its own", file: "10-old.conf", theirs: single, says: "it has renamed 10-old-shunt.conflist.cilium_bak",
@@ -295,7 +298,7 @@ func TestFight(t *testing.T) {
 		},
 		{
 			name: "somebody", file: "10-a.conflist", theirs: plain(line), says: "10-a.conflist: look which agent of this node writes it (bridge)",
-			undo: func(n *node) error { return os.WriteFile(n.path("net.d/10-a.conflist"), []byte(plain(line)), 0o600) },
+			undo: func(n *node) error { return rewrite(n, "net.d/10-a.conflist", plain(line)) },
 		},
 	} {
 		t.Run(c.name, func(t *testing.T) {

@@ -110,7 +110,7 @@ func TestMend(t *testing.T) {
 		}, fails: "P15"},
 		{name: "an impossible wish", node: fakeNode{check: none, boxes: []*sandbox{a}}, others: true, pod: func(p *corev1.Pod) {
 			p.Annotations["shunt.dev/datapath"] = "ebpf"
-			p.Annotations["traffic.sidecar.istio.io/excludeInterfaces"] = "eth1"
+			p.Annotations["istio.io/reroute-virtual-interfaces"] = "eth1"
 		}, did: "check", fails: "choose a datapath"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {

@@ -47,6 +47,8 @@ func trimPod(p *corev1.Pod) *corev1.Pod {
 			Phase: p.Status.Phase, PodIPs: p.Status.PodIPs,
 			InitContainerStatuses: trimStatuses(p.Status.InitContainerStatuses),
 			ContainerStatuses:     trimStatuses(p.Status.ContainerStatuses),
+			// By these repair tells the containers of `kubectl debug` from the sandbox.
+			EphemeralContainerStatuses: trimStatuses(p.Status.EphemeralContainerStatuses),
 		},
 	}
 }
