@@ -357,6 +357,8 @@ func (in *Installer) configure(dir confDir, p plan, marks []string) (out outcome
 		if rest := in.settle(p, now); rest > 0 {
 			return outcome{again: rest, installed: there, err: in.unsettled(p)}
 		}
+	} else {
+		in.settling = "" // what was half-written is whole
 	}
 	if p.main != nil && in.joined == p.target {
 		if due := in.fight.undone(now); due.After(now) {
