@@ -14,6 +14,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -145,8 +146,11 @@ func (n *node) told() []string {
 // testTimes are short, and settle nothing.
 var testTimes = times{
 	verify: 10 * time.Second, gap: time.Millisecond, retry: 5 * time.Millisecond, retryMax: 100 * time.Millisecond,
-	quick: time.Second, calm: 200 * time.Millisecond,
+	quick: time.Second, calm: 200 * time.Millisecond, back: 20 * time.Millisecond,
 }
+
+// starts has each installer be of a later process than the one before.
+var starts atomic.Int64
 
 func (n *node) installer(t *testing.T) *Installer {
 	t.Helper()
@@ -155,6 +159,8 @@ func (n *node) installer(t *testing.T) *Installer {
 		t.Fatal(err)
 	}
 	in.times, in.fight.times = testTimes, testTimes
+	in.start = starts.Add(1)
+	t.Cleanup(in.release)
 	in.opts.Entry = n.opts.Entry // layouts have it as it was given; TestAgentArg has the rest
 	return in
 }

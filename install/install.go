@@ -54,7 +54,7 @@ const (
 	ResultInstalled  = "installed"         // all is in its place, for the first time
 	ResultUpdated    = "updated"           // binaries, kubeconfig or agent file were written anew
 	ResultHealed     = "healed"            // the entry was put back, or into another file
-	ResultWaiting    = "waiting"           // there is nothing to join yet
+	ResultWaiting    = "waiting"           // there is nothing to join yet, or a later agent is to mend what is amiss
 	ResultFight      = "fight"             // somebody keeps undoing it
 	ResultRunDir     = "run-dir-failed"    // the run directory can't be used
 	ResultBinaries   = "binaries-failed"   // the binaries could not be copied
@@ -85,11 +85,13 @@ type times struct {
 
 	retryMax time.Duration
 	leave    time.Duration // how long a runtime may take to notice that the entry is gone
+	back     time.Duration // between looks whether a later agent still has the node
 }
 
 var realTimes = times{
 	verify: time.Minute, settle: 500 * time.Millisecond, gap: 50 * time.Millisecond,
 	retry: time.Second, retryMax: 5 * time.Minute, quick: 10 * time.Second, calm: time.Minute, leave: 10 * time.Second,
+	back: 5 * time.Second,
 }
 
 // An Installer puts the plugin on the node.
@@ -97,8 +99,11 @@ type Installer struct {
 	opts   Options
 	times  times
 	copier copier
+	start  int64 // of the process; see claim
 
 	// Of Run alone.
+	held     *os.File // the claim
+	behind   string   // whose claim keeps this one back
 	fight    fight
 	fighting bool              // was told of
 	joined   string            // the file that has the entry
@@ -123,7 +128,7 @@ func New(opts Options) (*Installer, error) {
 		return nil, fmt.Errorf("install: netconf: %w", err)
 	}
 	in := &Installer{
-		opts: opts, times: realTimes, copier: copier{from: opts.BinariesDir, to: opts.BinDir}, noted: map[string]string{},
+		opts: opts, times: realTimes, start: processStart, copier: copier{from: opts.BinariesDir, to: opts.BinDir}, noted: map[string]string{},
 		state: State{Err: errors.New("nothing has been looked at yet"), Since: time.Now()},
 	}
 	return in, nil
@@ -206,6 +211,7 @@ var errGone = errors.New("it was removed on the node: the volume has to be mount
 func (in *Installer) Run(ctx context.Context) error {
 	w := &watch{log: in.opts.Log}
 	defer w.close()
+	defer in.release()
 	in.fight.times = in.times
 	var links []string
 	for {
@@ -267,6 +273,7 @@ type outcome struct {
 	links     []string
 	// again is when to look again though nothing calls for it; 0: after a while.
 	again time.Duration
+	back  bool // a later agent has the node
 }
 
 // pass looks at everything, in an order in which nothing is ever there that
@@ -284,6 +291,17 @@ func (in *Installer) pass(ctx context.Context) (out outcome) {
 		return outcome{result: ResultRunDir, err: fmt.Errorf("run directory: %w", err)}
 	}
 	defer release()
+	other, err := in.claim()
+	if err != nil {
+		return outcome{result: ResultRunDir, err: fmt.Errorf("run directory: claim the node: %w", err)}
+	}
+	if other != nil {
+		return in.standBack(other)
+	}
+	if in.behind != "" {
+		in.behind = ""
+		in.opts.Log.Warn("the other agent has gone: this one has the node again")
+	}
 	updated, err := writeAgent(in.opts.RunDir, in.opts.Agent)
 	if err != nil {
 		return outcome{result: ResultRunDir, err: fmt.Errorf("run directory: write the agent's name: %w", err)}
@@ -358,6 +376,8 @@ func (in *Installer) configure(dir confDir, p plan, marks []string) (out outcome
 		if rest := in.settle(p, now); rest > 0 {
 			return outcome{again: rest, installed: there, err: in.unsettled(p)}
 		}
+	} else {
+		in.settling = "" // what was half-written is whole
 	}
 	if p.main != nil && in.joined == p.target {
 		if due := in.fight.undone(now); due.After(now) {
@@ -506,6 +526,11 @@ func (in *Installer) report(out outcome) {
 // pause says how long nothing has to be done unless something happens, and how
 // long not even then.
 func (in *Installer) pause(out outcome, watched bool) (pause, gap time.Duration) {
+	if out.back {
+		// No event is this one's to answer, and none tells of the other's end.
+		in.failures = 0
+		return in.times.back, in.times.back
+	}
 	gap = in.times.gap
 	pause = in.times.verify + rand.N(in.times.verify/4)
 	if !watched {

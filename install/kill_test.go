@@ -150,11 +150,11 @@ func TestOrder(t *testing.T) {
 		name, conf, binary string
 		want               []string
 	}{
-		{"new", plain(line), "", []string{"run/shunt/agent", "bin/shunt-cni", "bin/shunt", "run/shunt/kubeconfig", "net.d/a.conflist"}},
-		{"upgrade", at(line, `,{"type":"shunt-cni"}`), "old", []string{"run/shunt/agent", "bin/shunt-cni", "bin/shunt", "run/shunt/kubeconfig", "net.d/a.conflist"}},
+		{"new", plain(line), "", []string{"run/shunt/claim", "run/shunt/agent", "bin/shunt-cni", "bin/shunt", "run/shunt/kubeconfig", "net.d/a.conflist"}},
+		{"upgrade", at(line, `,{"type":"shunt-cni"}`), "old", []string{"run/shunt/claim", "run/shunt/agent", "bin/shunt-cni", "bin/shunt", "run/shunt/kubeconfig", "net.d/a.conflist"}},
 		// The binary must take the configuration that is there.
-		{"downgrade", at(line, newer), "newer", []string{"run/shunt/agent", "net.d/a.conflist", "bin/shunt-cni", "bin/shunt", "run/shunt/kubeconfig"}},
-		{"an entry of a newer release, no binary", at(line, newer), "", []string{"run/shunt/agent", "bin/shunt-cni", "bin/shunt", "run/shunt/kubeconfig", "net.d/a.conflist"}},
+		{"downgrade", at(line, newer), "newer", []string{"run/shunt/claim", "run/shunt/agent", "net.d/a.conflist", "bin/shunt-cni", "bin/shunt", "run/shunt/kubeconfig"}},
+		{"an entry of a newer release, no binary", at(line, newer), "", []string{"run/shunt/claim", "run/shunt/agent", "bin/shunt-cni", "bin/shunt", "run/shunt/kubeconfig", "net.d/a.conflist"}},
 	} {
 		n := newNode(t)
 		if err := (files{"net.d/a.conflist": c.conf}).write(n.root); err != nil {
@@ -199,7 +199,7 @@ func TestOrder(t *testing.T) {
 		}
 	}
 	// agent.sock is not there; to try is a step.
-	want := []string{"the old conflist", "run/shunt/kubeconfig", "run/shunt/agent", "run/shunt/agent.sock", "bin/shunt"}
+	want := []string{"the old conflist", "run/shunt/kubeconfig", "run/shunt/agent", "run/shunt/agent.sock", "run/shunt/claim", "bin/shunt"}
 	if diff := cmp.Diff(want, slices.Compact(got)); diff != "" {
 		t.Errorf("uninstall (-want +got):\n%s", diff)
 	}
@@ -221,6 +221,11 @@ func (n *node) temps(t *testing.T) (out []string) {
 func (n *node) everything(t *testing.T) files {
 	t.Helper()
 	out := files{}
+	defer func() {
+		if _, ok := out["run/shunt/"+claimFile]; ok {
+			out["run/shunt/"+claimFile] = ""
+		}
+	}()
 	for _, dir := range []string{"bin", "net.d", "run", "conf"} {
 		fs, err := readFiles(n.path(dir))
 		if err != nil && !errors.Is(err, os.ErrNotExist) {

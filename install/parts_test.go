@@ -420,7 +420,7 @@ func TestUninstallBinary(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if diff := cmp.Diff(pods.with(files{"agent": "", "agent.sock": "", "kubeconfig": ""}), left); diff != "" {
+			if diff := cmp.Diff(pods.with(files{"agent": "", "agent.sock": "", "claim": "", "kubeconfig": ""}), left); diff != "" {
 				t.Errorf("run directory (-want +got):\n%s", diff)
 			}
 			if got := n.read("net.d/a.conflist"); got != plain(line) {

@@ -386,12 +386,15 @@ func TestSettle(t *testing.T) {
 			t.Errorf("while it is written: %+v, %q", s, n.read("net.d/20-b.conflist"))
 		}
 	}
+	in.since = in.since.Add(-2 * in.times.settle) // which does not count for the next time
 	n.replace(t, "net.d/10-a.conflist", plain(line))
 	if s := pass(t, in); !s.Installed || n.read("net.d/10-a.conflist") != joined(line) {
 		t.Errorf("written: %+v", s)
 	}
-	n.replace(t, "net.d/10-a.conflist", "")
-	pass(t, in)
+	n.replace(t, "net.d/10-a.conflist", `{"cniVersion":"1.0.0","name":"n","plug`)
+	if s := pass(t, in); n.read("net.d/20-b.conflist") != plain(calico) {
+		t.Errorf("written once more: %+v", s)
+	}
 	in.times.settle = 0
 	if s := pass(t, in); !s.Installed || n.read("net.d/20-b.conflist") != joined(calico) {
 		t.Errorf("left like this: %+v", s)

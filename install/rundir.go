@@ -21,6 +21,7 @@ const (
 	agentFile  = "agent"        // which DaemonSet the agent is, for the plugin
 	socketFile = "agent.sock"   // where the agent answers the plugin
 	lockFile   = "install.lock" // held by who installs or uninstalls
+	claimFile  = "claim"        // whose the node is; see claim
 )
 
 func writeAgent(dir string, a redirect.AgentRef) (changed bool, err error) {

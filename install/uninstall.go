@@ -19,7 +19,7 @@ import (
 
 // Uninstall takes the plugin from the node: its entry first, so that no pod is
 // started with what is about to go; where that fails nothing else is touched.
-// Then the kubeconfig, the agent's name and socket, and the binaries. What was
+// Then the kubeconfig, the agent's name, socket and claim, and the binaries. What was
 // done for pods stays, and its records too: pods that run keep their redirection.
 //
 // The plugin's binary stays as long as the runtime may call it for a pod that
@@ -62,6 +62,7 @@ func (o *Options) uninstall(ctx context.Context, times times) error {
 	}
 	drop(filepath.Join(o.RunDir, agentFile))
 	drop(filepath.Join(o.RunDir, socketFile))
+	drop(filepath.Join(o.RunDir, claimFile))
 	for _, name := range binaries {
 		if name != pluginType {
 			drop(filepath.Join(o.BinDir, name))
