@@ -20,8 +20,13 @@ import (
 const (
 	agentFile  = "agent"        // which DaemonSet the agent is, for the plugin
 	socketFile = "agent.sock"   // where the agent answers the plugin
+	tokenFile  = "token"        // the kubeconfig's, which the agent keeps fresh
 	lockFile   = "install.lock" // held by who installs or uninstalls
 )
+
+// TokenPath says where the agent keeps the token for the plugin's kubeconfig.
+// Uninstall removes it.
+func TokenPath(runDir string) string { return filepath.Join(runDir, tokenFile) }
 
 // prepareRunDir makes the directory, and refuses one that others could put their
 // own files into: the plugin, root, goes by what is in it.
