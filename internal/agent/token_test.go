@@ -6,8 +6,8 @@ import (
 	"bytes"
 	"context"
 	"encoding/base64"
+	"errors"
 	"fmt"
-	"net/http"
 	"os"
 	"path/filepath"
 	"strings"
@@ -167,7 +167,7 @@ func TestToken(t *testing.T) {
 
 // TestTokenRefused: where there is no other the pod's does, as it rotates.
 func TestTokenRefused(t *testing.T) {
-	down := &http.ProtocolError{ErrorString: "the API server is down"}
+	down := errors.New("the API server is down")
 	notFound := apierrors.NewNotFound(schema.GroupResource{Resource: "serviceaccounts"}, "agent")
 	for _, tc := range []struct {
 		name  string
