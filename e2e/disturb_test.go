@@ -5,6 +5,7 @@
 package e2e
 
 import (
+	"errors"
 	"fmt"
 	"net/url"
 	"os"
@@ -16,6 +17,7 @@ import (
 	"testing"
 	"time"
 
+	authenticationv1 "k8s.io/api/authentication/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 	"sigs.k8s.io/yaml"
@@ -159,11 +161,51 @@ func TestUpgradeUnderLoad(t *testing.T) {
 	b.live(t)
 }
 
+// agentToken makes a token as the agent's pod has one: bound to the pod.
+func agentToken(t *testing.T) string {
+	t.Helper()
+	pods, err := client.CoreV1().Pods(system).List(t.Context(), metav1.ListOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, p := range pods.Items {
+		if o := metav1.GetControllerOf(&p); o == nil || o.Name != daemonSet {
+			continue
+		}
+		req, err := client.CoreV1().ServiceAccounts(system).CreateToken(t.Context(), p.Spec.ServiceAccountName, &authenticationv1.TokenRequest{
+			Spec: authenticationv1.TokenRequestSpec{BoundObjectRef: &authenticationv1.BoundObjectReference{
+				APIVersion: "v1", Kind: "Pod", Name: p.Name, UID: p.UID,
+			}},
+		}, metav1.CreateOptions{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return req.Status.Token
+	}
+	t.Fatal("there is no agent")
+	return ""
+}
+
+// refused says whether the API server lets a token in no more.
+func refused(t *testing.T, token string) error {
+	t.Helper()
+	review, err := client.AuthenticationV1().TokenReviews().Create(t.Context(),
+		&authenticationv1.TokenReview{Spec: authenticationv1.TokenReviewSpec{Token: token}}, metav1.CreateOptions{})
+	if err == nil && review.Status.Authenticated {
+		err = errors.New("the API server still takes the token of the agent's pod")
+	}
+	return err
+}
+
 // An upgrade to an image that is not there: no agent at all. Pods start, and
-// are redirected, without it.
+// are redirected, without it, also when what was bound to its pod is refused.
 func TestAgentDown(t *testing.T) {
 	install(t, defaults)
 	b := keepBusy(t)
+	token := agentToken(t)
+	if refused(t, token) == nil {
+		t.Fatal("the API server does not take the token of a pod that is there")
+	}
 	setImage(t, "localhost/shunt/shunt-node:none")
 	defer func() {
 		setImage(t, thisImage)
@@ -181,6 +223,13 @@ func TestAgentDown(t *testing.T) {
 		}
 		return nil
 	})
+	// It remembers for ten seconds whom it has let in.
+	gone := time.Now()
+	if err := poll(15*time.Second, func() error { return refused(t, token) }); err != nil {
+		t.Log(err)
+	} else {
+		t.Logf("the token of the agent's pod is refused %s after it", time.Since(gone).Round(10*time.Millisecond))
+	}
 	wantRedirected(t, start(t, meshed("agent-down")))
 	b.live(t)
 }

@@ -253,8 +253,12 @@ func (in *Installer) watched(links []string) map[string][]string {
 	add(in.opts.RunDir, agentFile)
 	if k := in.opts.Kubeconfig; k.Path != "" {
 		add(filepath.Dir(k.Path), filepath.Base(k.Path))
-		// All names: a projected volume changes by a link named ..data.
-		add(filepath.Dir(k.TokenFile))
+		if dir := filepath.Dir(k.TokenFile); dir == in.opts.RunDir {
+			add(dir, filepath.Base(k.TokenFile)) // much else is written there
+		} else {
+			// All names: a projected volume changes by a link named ..data.
+			add(dir)
+		}
 		if k.CAFile != "" && !k.Insecure {
 			add(filepath.Dir(k.CAFile))
 		}

@@ -199,7 +199,7 @@ func TestOrder(t *testing.T) {
 		}
 	}
 	// agent.sock is not there; to try is a step.
-	want := []string{"the old conflist", "run/shunt/kubeconfig", "run/shunt/agent", "run/shunt/agent.sock", "run/shunt/claim", "bin/shunt"}
+	want := []string{"the old conflist", "run/shunt/kubeconfig", "run/shunt/token", "run/shunt/agent", "run/shunt/agent.sock", "run/shunt/claim", "bin/shunt"}
 	if diff := cmp.Diff(want, slices.Compact(got)); diff != "" {
 		t.Errorf("uninstall (-want +got):\n%s", diff)
 	}

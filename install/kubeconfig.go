@@ -21,8 +21,8 @@ type KubeconfigOptions struct {
 	Path string
 	// Server is the API server's URL, as the node can reach it.
 	Server string
-	// CAFile and TokenFile are those of the agent's service account. Their
-	// content goes into the kubeconfig, anew whenever it changes.
+	// CAFile is that of the agent's service account, TokenFile one with a token
+	// of it. Their content goes into the kubeconfig, anew whenever it changes.
 	CAFile, TokenFile string
 	// TLSServerName is the name in the server's certificate, where it is not the
 	// URL's.

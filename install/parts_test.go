@@ -385,7 +385,7 @@ func TestUninstallBinary(t *testing.T) {
 			if s := pass(t, n.installer(t)); !s.Installed {
 				t.Fatalf("%+v", s)
 			}
-			n.write(t, files{"run/shunt/agent.sock": ""})
+			n.write(t, files{"run/shunt/agent.sock": "", "run/shunt/token": "t"})
 			c.shape(n)
 			pods, err := readFiles(n.opts.RunDir)
 			if err != nil {
@@ -420,7 +420,7 @@ func TestUninstallBinary(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if diff := cmp.Diff(pods.with(files{"agent": "", "agent.sock": "", "claim": "", "kubeconfig": ""}), left); diff != "" {
+			if diff := cmp.Diff(pods.with(files{"agent": "", "agent.sock": "", "claim": "", "kubeconfig": "", "token": ""}), left); diff != "" {
 				t.Errorf("run directory (-want +got):\n%s", diff)
 			}
 			if got := n.read("net.d/a.conflist"); got != plain(line) {

@@ -20,9 +20,14 @@ import (
 const (
 	agentFile  = "agent"        // which DaemonSet the agent is, for the plugin
 	socketFile = "agent.sock"   // where the agent answers the plugin
+	tokenFile  = "token"        // the kubeconfig's, which the agent keeps fresh
 	lockFile   = "install.lock" // held by who installs or uninstalls
 	claimFile  = "claim"        // whose the node is; see claim
 )
+
+// TokenPath says where the agent keeps the token for the plugin's kubeconfig.
+// Uninstall removes it.
+func TokenPath(runDir string) string { return filepath.Join(runDir, tokenFile) }
 
 func writeAgent(dir string, a redirect.AgentRef) (changed bool, err error) {
 	return put(filepath.Join(dir, agentFile), []byte(a.Namespace+"/"+a.DaemonSet+"\n"), 0o600)

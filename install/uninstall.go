@@ -19,8 +19,9 @@ import (
 
 // Uninstall takes the plugin from the node: its entry first, so that no pod is
 // started with what is about to go; where that fails nothing else is touched.
-// Then the kubeconfig, the agent's name, socket and claim, and the binaries. What was
-// done for pods stays, and its records too: pods that run keep their redirection.
+// Then the kubeconfig and its token, the agent's name, socket and claim, and the
+// binaries. What was done for pods stays, and its records too: pods that run keep
+// their redirection.
 //
 // The plugin's binary stays as long as the runtime may call it for a pod that
 // started while the entry was there. Some runtimes (CRI-O) remember each pod's
@@ -60,6 +61,7 @@ func (o *Options) uninstall(ctx context.Context, times times) error {
 	if o.Kubeconfig.Path != "" {
 		drop(o.Kubeconfig.Path)
 	}
+	drop(TokenPath(o.RunDir))
 	drop(filepath.Join(o.RunDir, agentFile))
 	drop(filepath.Join(o.RunDir, socketFile))
 	drop(filepath.Join(o.RunDir, claimFile))

@@ -49,7 +49,6 @@ const foreign = `{
 
 const (
 	nodeName  = "node-1"
-	token     = "agents-token"
 	confName  = "10-others.conflist"
 	baseEntry = `"type": "shunt-cni", "podFactsTimeout": "2s"`
 )
@@ -59,6 +58,9 @@ const (
 type bed struct {
 	t    *testing.T
 	kube *fakekube.Server
+
+	token  string           // of the agent's pod
+	grants []fakekube.Grant // its account's
 
 	bin, conf, run, binaries, etc, bpf, cache string
 
@@ -91,25 +93,37 @@ func newBed(t *testing.T) *bed {
 	}
 	b.netconf("")
 	b.write(filepath.Join(b.etc, "ca.crt"), string(b.kube.CA()))
-	b.write(filepath.Join(b.etc, "token"), token)
 	b.write(filepath.Join(b.etc, "agent.kubeconfig"), `{"apiVersion":"v1","kind":"Config",
 "clusters":[{"name":"c","cluster":{"server":"`+b.kube.URL()+`","certificate-authority":"`+filepath.Join(b.etc, "ca.crt")+`"}}],
 "users":[{"name":"u","user":{"tokenFile":"`+filepath.Join(b.etc, "token")+`"}}],
 "contexts":[{"name":"x","context":{"cluster":"c","user":"u"}}],"current-context":"x"}`)
 	// What the chart allows the agent, and no more.
-	b.kube.AddToken(token, "system:serviceaccount:shunt:shunt-node",
-		fakekube.Grant{Rules: []rbacv1.PolicyRule{
+	b.grants = []fakekube.Grant{
+		{Rules: []rbacv1.PolicyRule{
 			{APIGroups: []string{""}, Resources: []string{"pods"}, Verbs: []string{"get", "list", "watch"}},
 			{APIGroups: []string{""}, Resources: []string{"nodes"}, Verbs: []string{"get"}},
 		}},
-		fakekube.Grant{Namespace: "shunt", Rules: []rbacv1.PolicyRule{{
+		{Namespace: "shunt", Rules: []rbacv1.PolicyRule{{
 			APIGroups: []string{"apps"}, Resources: []string{"daemonsets"}, ResourceNames: []string{"shunt-node"}, Verbs: []string{"get", "list", "watch"},
-		}}})
+		}}},
+		{Namespace: "shunt", Rules: []rbacv1.PolicyRule{{
+			APIGroups: []string{""}, Resources: []string{"serviceaccounts/token"}, ResourceNames: []string{"shunt-node"}, Verbs: []string{"create"},
+		}}},
+	}
 	b.kube.Set(
 		&appsv1.DaemonSet{ObjectMeta: metav1.ObjectMeta{Namespace: "shunt", Name: "shunt-node"}},
 		&corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: nodeName}},
+		&corev1.ServiceAccount{ObjectMeta: metav1.ObjectMeta{Namespace: "shunt", Name: "shunt-node"}},
 	)
+	b.podToken()
 	return b
+}
+
+// podToken gives the agent's pod a token, as each pod gets one of its own.
+func (b *bed) podToken() {
+	b.t.Helper()
+	b.token = b.kube.AccountToken("shunt", "shunt-node", "shunt-node-x", time.Hour, b.grants...)
+	b.write(filepath.Join(b.etc, "token"), b.token)
 }
 
 func (b *bed) write(path, text string) {
@@ -339,6 +353,7 @@ func (b *bed) expectInstalled() {
 		filepath.Join(b.bin, "shunt-cni"):  0o755,
 		filepath.Join(b.bin, "shunt"):      0o755,
 		filepath.Join(b.run, "kubeconfig"): 0o600,
+		filepath.Join(b.run, "token"):      0o600,
 		filepath.Join(b.run, "agent"):      0o600,
 	} {
 		if st, err := os.Stat(path); err != nil || st.Mode().Perm() != mode {
@@ -358,7 +373,7 @@ func (b *bed) expectGone() {
 	}
 	for _, path := range []string{
 		filepath.Join(b.bin, "shunt-cni"), filepath.Join(b.bin, "shunt"), filepath.Join(b.run, "kubeconfig"),
-		filepath.Join(b.run, "agent"), filepath.Join(b.run, "agent.sock"),
+		filepath.Join(b.run, "token"), filepath.Join(b.run, "agent"), filepath.Join(b.run, "agent.sock"),
 	} {
 		if _, err := os.Lstat(path); !os.IsNotExist(err) {
 			b.t.Errorf("%s is there (%v)", path, err)

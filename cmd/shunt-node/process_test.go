@@ -17,6 +17,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"shunt.dev/shunt/internal/fakekube"
+	"shunt.dev/shunt/internal/kubeapi"
 	"shunt.dev/shunt/internal/testbed"
 )
 
@@ -80,7 +81,7 @@ func TestProcessEnd(t *testing.T) {
 		{"deleted with its rights", func(b *bed, a *agentProcess) {
 			remove(b)
 			a.expectLog("DaemonSet is deleted")
-			b.kube.RevokeToken(token)
+			b.kube.RevokeToken(b.token)
 		}, true, []string{"the plugin goes", "is deleted"}},
 		{"selects other nodes", func(b *bed, _ *agentProcess) {
 			fakekube.Update(b.kube, "shunt", "shunt-node", func(d *appsv1.DaemonSet) {
@@ -93,7 +94,7 @@ func TestProcessEnd(t *testing.T) {
 			})
 		}, false, []string{"the plugin stays"}},
 		{"the API server is down", func(b *bed, _ *agentProcess) { b.kube.Down() }, false, []string{"level=WARN", "can't be told", "shunt-node uninstall", "refused"}},
-		{"no rights any more", func(b *bed, _ *agentProcess) { b.kube.RevokeToken(token) }, false, []string{"can't be told", "Unauthorized"}},
+		{"no rights any more", func(b *bed, _ *agentProcess) { b.kube.RevokeToken(b.token) }, false, []string{"can't be told", "Unauthorized"}},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			t.Parallel()
@@ -135,6 +136,108 @@ func TestProcessAPIDown(t *testing.T) {
 	a.ready() // it knows its pods
 	a.end()
 	b.expectInstalled()
+}
+
+// expectPod fails the test unless the plugin, by its kubeconfig, gets a pod.
+func (b *bed) expectPod() {
+	b.t.Helper()
+	if _, err := kubeapi.NewClient(filepath.Join(b.run, "kubeconfig"), "test").Pod(b.t.Context(), "shop", "p"); err != nil {
+		b.t.Error(err)
+	}
+}
+
+// minted counts the tokens that were asked for.
+func (b *bed) minted() (n int) {
+	for _, r := range b.kube.Requests() {
+		if r.Resource == "serviceaccounts/token" {
+			n++
+		}
+	}
+	return n
+}
+
+// kubeconfigHas waits until the plugin's kubeconfig has a token.
+func (b *bed) kubeconfigHas(token func() string) {
+	b.t.Helper()
+	testbed.Eventually(b.t, "the kubeconfig with the token", func() bool {
+		data, err := os.ReadFile(filepath.Join(b.run, "kubeconfig"))
+		return err == nil && strings.Contains(string(data), `"`+token()+`"`)
+	})
+}
+
+// TestProcessToken: the plugin's kubeconfig outlives the agent's pod.
+func TestProcessToken(t *testing.T) {
+	t.Parallel()
+	b := newBed(t)
+	b.kube.Set(&corev1.Pod{ObjectMeta: metav1.ObjectMeta{Namespace: "shop", Name: "p"}})
+	path := filepath.Join(b.run, "token")
+	a := b.start()
+	a.expectLog("a token that does not end with this pod", "expires=")
+	own := b.read(path)
+	if own == b.token {
+		t.Fatal("it is the pod's")
+	}
+	b.kubeconfigHas(func() string { return own })
+	a.end()
+	b.kube.RevokeToken(b.token)
+	b.expectInstalled()
+	b.expectPod()
+
+	// The next one goes on with it.
+	b.podToken()
+	a = b.start()
+	a.ready()
+	a.end()
+	if now := b.read(path); now != own || b.minted() != 1 {
+		t.Errorf("%d tokens were made; the file has another: %v", b.minted(), now != own)
+	}
+	b.kube.RevokeToken(b.token)
+	b.expectPod()
+
+	// By hand, and by an account that is another one of the name.
+	for _, then := range []func(){
+		func() {
+			if err := os.Remove(path); err != nil {
+				t.Fatal(err)
+			}
+		},
+		func() {
+			b.kube.Set(&corev1.ServiceAccount{ObjectMeta: metav1.ObjectMeta{Namespace: "shunt", Name: "shunt-node", UID: "another"}})
+		},
+	} {
+		before := b.minted()
+		then()
+		b.podToken()
+		a = b.start()
+		a.expectLog("a token that does not end with this pod")
+		b.kubeconfigHas(func() string { return b.read(path) })
+		a.end()
+		b.kube.RevokeToken(b.token)
+		if now := b.read(path); now == own || b.minted() != before+1 {
+			t.Errorf("%d tokens were made; the file has the same: %v", b.minted()-before, now == own)
+		}
+		b.expectPod()
+	}
+}
+
+// TestProcessTokenRefused: where there is no other, the kubeconfig has the pod's
+// token, and the agent is ready.
+func TestProcessTokenRefused(t *testing.T) {
+	t.Parallel()
+	b := newBed(t)
+	b.kube.Set(&corev1.Pod{ObjectMeta: metav1.ObjectMeta{Namespace: "shop", Name: "p"}})
+	b.grants = b.grants[:2]
+	b.podToken()
+	a := b.start()
+	a.expectLog("level=WARN", "has the token of the agent's pod", `cannot create resource \"serviceaccounts/token\"`, "remedy=", "the chart's Role")
+	a.ready()
+	b.kubeconfigHas(func() string { return b.token })
+	testbed.Eventually(t, "another attempt", func() bool { return b.minted() >= 2 })
+	if n := a.logged("has the token of the agent's pod"); n != 1 {
+		t.Errorf("said %d times", n)
+	}
+	b.expectPod()
+	a.end()
 }
 
 // TestProcessNetconf: the netconf in force is the last valid one.

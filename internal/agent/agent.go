@@ -28,7 +28,9 @@ type Options struct {
 	Chained         bool
 	BinariesDir     string // where the plugin's binaries come from
 	CacheDir        string // the runtime's memory of pods; empty: not to be had
-	Kubeconfig      install.KubeconfigOptions
+	// Kubeconfig's TokenFile is that of the agent's pod; what goes into the
+	// kubeconfig is another, see tokenKeeper.
+	Kubeconfig install.KubeconfigOptions
 
 	Namespace, DaemonSet string // of the agent itself
 	Node                 string
@@ -58,6 +60,7 @@ type Agent struct {
 	relay    *relay
 	sweeper  *sweeper
 	owner    *owner
+	token    *tokenKeeper
 	fatal    chan error
 }
 
@@ -79,6 +82,8 @@ func New(opts Options) (*Agent, error) {
 	a.metrics = newMetrics(func() bool { return a.keeper.state().Installed })
 	a.relay = &relay{runDir: opts.RunDir, log: a.log.Handler(), metrics: a.metrics}
 	a.sweeper = newSweeper(a.config, opts.RunDir, a.metrics, a.log)
+	a.token = newTokenKeeper(opts.Client, opts.RunDir, opts.Kubeconfig.TokenFile, a.log)
+	a.opts.Kubeconfig.TokenFile = a.token.path
 	a.owner = newOwner(opts.Client, opts.Namespace, opts.DaemonSet, opts.Node, a.log)
 	return a, nil
 }
@@ -120,10 +125,14 @@ func (a *Agent) Run(ctx context.Context) error {
 	work, stop := context.WithCancel(context.WithoutCancel(ctx))
 	defer stop()
 	a.config.read() // so that what starts now finds one
+	if err := a.token.prepare(); err != nil {
+		a.log.Error("the plugin's kubeconfig has no token yet", "error", err)
+	}
 	cache := a.watchers.startOther(work, "pod cache", a.cache.Run)
 	keeper := a.loops.startOther(work, "install", a.keeper.run)
 	a.loops.start(work, "netconf", a.config.run)
 	a.loops.start(work, "datapath", a.datapath.run)
+	a.loops.start(work, "token", a.token.run)
 	a.loops.start(work, "plugin's log", a.relay.run)
 	a.loops.start(work, "pods' state", a.sweeper.run)
 	a.watchers.startOther(work, "DaemonSet", a.owner.run)

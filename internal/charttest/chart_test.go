@@ -526,7 +526,9 @@ func TestRBAC(t *testing.T) {
 			}
 			own := rule("apps", "daemonsets", "get", "list", "watch")
 			own.ResourceNames = []string{o.DaemonSet.Name}
-			if diff := cmp.Diff([]rbacv1.PolicyRule{own}, o.Roles["shunt-node"].Rules); diff != "" || len(o.Roles) != 1 {
+			token := rule("", "serviceaccounts/token", "create")
+			token.ResourceNames = []string{o.DaemonSet.Spec.Template.Spec.ServiceAccountName}
+			if diff := cmp.Diff([]rbacv1.PolicyRule{own, token}, o.Roles["shunt-node"].Rules); diff != "" || len(o.Roles) != 1 {
 				t.Errorf("rights in the namespace (-want +got):\n%s", diff)
 			}
 		})
@@ -534,7 +536,7 @@ func TestRBAC(t *testing.T) {
 	o := decode(t, render(t, on("openshift")).Manifest)
 	use := rule("security.openshift.io", "securitycontextconstraints", "use")
 	use.ResourceNames = []string{o.Constraints.Name}
-	if rules := o.Roles["shunt-node"].Rules; len(rules) != 2 || !cmp.Equal(rules[1], use) {
+	if rules := o.Roles["shunt-node"].Rules; len(rules) != 3 || !cmp.Equal(rules[2], use) {
 		t.Errorf("openshift: rights in the namespace: %v", rules)
 	}
 	o = decode(t, render(t, values{"psp_cluster_role": "psp"}).Manifest)

@@ -3,22 +3,29 @@
 package fakekube
 
 import (
+	"encoding/base64"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"net/http"
 	"slices"
 	"strings"
+	"time"
 
+	authenticationv1 "k8s.io/api/authentication/v1"
 	rbacv1 "k8s.io/api/rbac/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime/schema"
+	"k8s.io/apimachinery/pkg/util/validation/field"
 )
 
-// An account is who bears a token.
-type account struct {
-	user   string
-	all    bool
-	grants []Grant
+// A bearer is who has a token.
+type bearer struct {
+	user    string
+	all     bool
+	grants  []Grant
+	expires time.Time // zero: never
 }
 
 // A Grant is a binding of rules: a ClusterRoleBinding's, or with a Namespace
@@ -33,7 +40,105 @@ type Grant struct {
 func (s *Server) AddToken(token, user string, grants ...Grant) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.tokens[token] = &account{user: user, grants: slices.Clone(grants)}
+	s.tokens[token] = &bearer{user: user, grants: slices.Clone(grants)}
+}
+
+// AccountToken makes a token as the API server does, a JWT, and lets it in as
+// the service account, as AddToken does. With a pod it is bound to that: what
+// becomes of the token as the pod goes is for RevokeToken.
+func (s *Server) AccountToken(namespace, name, pod string, life time.Duration, grants ...Grant) string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.issue(namespace, name, pod, time.Now(), time.Now().Add(life), grants)
+}
+
+// issue makes a token. The caller holds the lock.
+func (s *Server) issue(namespace, name, pod string, now, expires time.Time, grants []Grant) string {
+	account := "system:serviceaccount:" + namespace + ":" + name
+	who := map[string]any{"namespace": namespace, "serviceaccount": map[string]any{"name": name, "uid": s.accountUID(namespace, name)}}
+	if pod != "" {
+		who["pod"] = map[string]any{"name": pod, "uid": newUID()}
+	}
+	token := jwt(map[string]any{
+		"iss": "https://kubernetes.default.svc", "sub": account, "aud": []string{"https://kubernetes.default.svc"},
+		"iat": now.Unix(), "nbf": now.Unix(), "exp": expires.Unix(), "jti": newUID(), "kubernetes.io": who,
+	})
+	s.tokens[token] = &bearer{user: account, grants: slices.Clone(grants), expires: expires}
+	return token
+}
+
+// accountUID is a service account's, also where the server has no such object.
+func (s *Server) accountUID(namespace, name string) string {
+	if o := s.tables["serviceaccounts."].items[keyOf(namespace, name)]; o != nil {
+		return string(o.obj.GetUID())
+	}
+	return "00000000-0000-4000-8000-000000000000"
+}
+
+// jwt makes a token of claims that nobody can check the signature of.
+func jwt(claims map[string]any) string {
+	part := func(v any) string {
+		data, err := json.Marshal(v)
+		if err != nil {
+			panic(fmt.Sprintf("marshal a token: %v", err)) // strings and numbers
+		}
+		return base64.RawURLEncoding.EncodeToString(data)
+	}
+	return part(map[string]any{"alg": "RS256", "kid": "fakekube"}) + "." + part(claims) + "." + base64.RawURLEncoding.EncodeToString([]byte(randomHex(16)))
+}
+
+// SetTokenLife bounds how long a token lives that TokenRequest gives, as the API
+// server's --service-account-max-token-expiration does. 0: no bound.
+func (s *Server) SetTokenLife(life time.Duration) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.tokenLife = life
+}
+
+// minTokenLife is the API server's bound for what is asked for.
+const minTokenLife = 10 * time.Minute
+
+// requestToken answers a TokenRequest. The token may what its account may: the
+// grants of who asks, if that is the account, else those of another token of it.
+func (s *Server) requestToken(q *query, who *bearer, body []byte) (int, any, error) {
+	req := &authenticationv1.TokenRequest{}
+	if err := decode(body, req); err != nil {
+		return 0, nil, apierrors.NewBadRequest(err.Error())
+	}
+	life := time.Hour
+	if n := req.Spec.ExpirationSeconds; n != nil {
+		life = time.Duration(*n) * time.Second
+	}
+	if life < minTokenLife {
+		return 0, nil, apierrors.NewInvalid(schema.GroupKind{Group: "authentication.k8s.io", Kind: "TokenRequest"}, "", field.ErrorList{
+			field.Invalid(field.NewPath("spec", "expirationSeconds"), int64(life/time.Second), "may not specify a duration less than 10 minutes"),
+		})
+	}
+	if s.tokenLife > 0 {
+		life = min(life, s.tokenLife)
+	}
+	pod := ""
+	if b := req.Spec.BoundObjectRef; b != nil {
+		pod = b.Name
+	}
+	user := "system:serviceaccount:" + q.namespace + ":" + q.name
+	grants := who.grants
+	if who.user != user {
+		grants = nil
+		for _, other := range s.tokens {
+			if other.user == user {
+				grants = other.grants
+			}
+		}
+	}
+	now := time.Now().Truncate(time.Second)
+	expires := now.Add(life)
+	req.TypeMeta = metav1.TypeMeta{Kind: "TokenRequest", APIVersion: "authentication.k8s.io/v1"}
+	req.ObjectMeta = metav1.ObjectMeta{Namespace: q.namespace, Name: q.name}
+	req.Status = authenticationv1.TokenRequestStatus{
+		Token: s.issue(q.namespace, q.name, pod, now, expires, grants), ExpirationTimestamp: metav1.NewTime(expires),
+	}
+	return http.StatusCreated, req, nil
 }
 
 // RevokeToken lets token in no more: 401.
@@ -43,11 +148,11 @@ func (s *Server) RevokeToken(token string) {
 	delete(s.tokens, token)
 }
 
-func (a *account) may(q *query) error {
-	if a.all {
+func (b *bearer) may(q *query) error {
+	if b.all {
 		return nil
 	}
-	for _, g := range a.grants {
+	for _, g := range b.grants {
 		if g.Namespace != "" && g.Namespace != q.namespace {
 			continue
 		}
@@ -60,7 +165,7 @@ func (a *account) may(q *query) error {
 		scope = fmt.Sprintf("in the namespace %q", q.namespace)
 	}
 	return apierrors.NewForbidden(schema.GroupResource{Group: q.group, Resource: q.resource}, q.name,
-		fmt.Errorf("User %q cannot %s resource %q in API group %q %s", a.user, q.verb, q.fullResource(), q.group, scope)) //nolint:staticcheck // the API server's words
+		fmt.Errorf("User %q cannot %s resource %q in API group %q %s", b.user, q.verb, q.fullResource(), q.group, scope)) //nolint:staticcheck // the API server's words
 }
 
 func (q *query) fullResource() string {

@@ -5,8 +5,9 @@
 // can tell. Pods, nodes, DaemonSets, events and a few more are kept in memory;
 // get, list, watch (with streaming lists, bookmarks, history that expires),
 // create, update, patch, delete and eviction work on them with resource
-// versions, preconditions and selectors. It can be told to fail, and what a
-// token may do can be restricted by RBAC rules.
+// versions, preconditions and selectors. Service accounts get tokens, which
+// expire. It can be told to fail, and what a token may do can be restricted by
+// RBAC rules.
 //
 // What it lacks: admission, defaults, validation, finalizers, owners' garbage
 // collection, server-side apply; and it answers in JSON whatever the client likes
@@ -44,14 +45,15 @@ type Server struct {
 	ca   []byte // PEM
 	addr string // once known, for good
 
-	mu     sync.Mutex
-	srv    *http.Server  // nil while it is down
-	done   chan struct{} // closed when srv has ended
-	stop   chan struct{} // closed to let what hangs go
-	tokens map[string]*account
-	token  string // which may do everything
-	faults []*fault
-	asked  []Request
+	mu        sync.Mutex
+	srv       *http.Server  // nil while it is down
+	done      chan struct{} // closed when srv has ended
+	stop      chan struct{} // closed to let what hangs go
+	tokens    map[string]*bearer
+	token     string        // which may do everything
+	tokenLife time.Duration // see SetTokenLife
+	faults    []*fault
+	asked     []Request
 
 	rv        uint64
 	tables    map[string]*table // by resource and group
@@ -77,7 +79,7 @@ func New() (*Server, error) {
 		watchList: true,
 		rv:        100,
 	}
-	s.tokens = map[string]*account{s.token: {user: "admin", all: true}}
+	s.tokens = map[string]*bearer{s.token: {user: "admin", all: true}}
 	for _, r := range resources {
 		s.tables[r.key()] = &table{res: r, items: map[string]*stored{}}
 	}
@@ -175,7 +177,7 @@ func (s *Server) RotateToken() {
 	defer s.mu.Unlock()
 	delete(s.tokens, s.token)
 	s.token = "all-" + randomHex(8)
-	s.tokens[s.token] = &account{user: "admin", all: true}
+	s.tokens[s.token] = &bearer{user: "admin", all: true}
 }
 
 // Kubeconfig returns a kubeconfig, in JSON, for the bearer of the token.

@@ -15,6 +15,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	appsv1 "k8s.io/api/apps/v1"
+	authenticationv1 "k8s.io/api/authentication/v1"
 	corev1 "k8s.io/api/core/v1"
 	policyv1 "k8s.io/api/policy/v1"
 	rbacv1 "k8s.io/api/rbac/v1"
@@ -461,6 +462,67 @@ func TestAccess(t *testing.T) {
 	if _, err := client(t, s, "reader").CoreV1().Pods("ns").Get(ctx, "a", metav1.GetOptions{}); !apierrors.IsUnauthorized(err) {
 		t.Errorf("revoked: %v", err)
 	}
+}
+
+// TestTokens: an account's tokens, by the rights to ask for them.
+func TestTokens(t *testing.T) {
+	s := fakekube.Start(t)
+	s.Set(pod("a", "n1"), &corev1.ServiceAccount{ObjectMeta: metav1.ObjectMeta{Namespace: "ns", Name: "sa"}})
+	grants := []fakekube.Grant{{Namespace: "ns", Rules: []rbacv1.PolicyRule{
+		{APIGroups: []string{""}, Resources: []string{"pods"}, Verbs: []string{"get"}},
+		{APIGroups: []string{""}, Resources: []string{"serviceaccounts/token"}, ResourceNames: []string{"sa", "none"}, Verbs: []string{"create"}},
+	}}}
+	bound := s.AccountToken("ns", "sa", "agent", time.Hour, grants...)
+	ask := func(token, name string, life int64) (*authenticationv1.TokenRequest, error) {
+		return client(t, s, token).CoreV1().ServiceAccounts("ns").CreateToken(t.Context(), name,
+			&authenticationv1.TokenRequest{Spec: authenticationv1.TokenRequestSpec{ExpirationSeconds: &life}}, metav1.CreateOptions{})
+	}
+	get := func(token string) error {
+		return second(client(t, s, token).CoreV1().Pods("ns").Get(t.Context(), "a", metav1.GetOptions{}))
+	}
+	got, err := ask(bound, "sa", 7200)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if left := time.Until(got.Status.ExpirationTimestamp.Time); left < 7100*time.Second || left > 7200*time.Second {
+		t.Errorf("expires in %s", left)
+	}
+	if byAdmin, err := ask(s.Token(), "sa", 7200); err != nil || get(byAdmin.Status.Token) != nil {
+		t.Errorf("asked for by another: %v", err)
+	}
+	for what, tc := range map[string]struct {
+		name string
+		life int64
+		is   func(error) bool
+	}{
+		"no such account": {"none", 7200, apierrors.IsNotFound},
+		"another's":       {"other", 7200, apierrors.IsForbidden},
+		"too short":       {"sa", 599, apierrors.IsInvalid},
+	} {
+		if _, err := ask(bound, tc.name, tc.life); !tc.is(err) {
+			t.Errorf("%s: %v", what, err)
+		}
+	}
+	if err := get(bound); err != nil {
+		t.Error(err)
+	}
+	s.RevokeToken(bound)
+	if err := get(bound); !apierrors.IsUnauthorized(err) {
+		t.Errorf("with a token whose pod is gone: %v", err)
+	}
+	if err := get(got.Status.Token); err != nil {
+		t.Errorf("with one that is bound to none: %v", err)
+	}
+	s.SetTokenLife(time.Second)
+	if got, err = ask(got.Status.Token, "sa", 7200); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, func() error {
+		if err := get(got.Status.Token); !apierrors.IsUnauthorized(err) {
+			return fmt.Errorf("with one that has expired: %w", err)
+		}
+		return nil
+	})
 }
 
 // TestFaults: what is told to fail does, so often, and nothing else.

@@ -136,6 +136,9 @@ func (s *Server) serve(w http.ResponseWriter, r *http.Request) {
 	})
 	fault := s.fault(q, token)
 	who := s.tokens[token]
+	if who != nil && !who.expires.IsZero() && time.Now().After(who.expires) {
+		who = nil
+	}
 	t := s.tables[q.resource+"."+q.group]
 	s.mu.Unlock()
 
@@ -166,7 +169,7 @@ func (s *Server) serve(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	s.mu.Lock()
-	code, answer, err := s.do(t, q, r, body)
+	code, answer, err := s.do(t, q, r, who, body)
 	s.mu.Unlock()
 	if err != nil {
 		writeError(w, err)
@@ -189,8 +192,8 @@ func (s *Server) serveOther(w http.ResponseWriter, r *http.Request) {
 
 // do serves one request, with the lock held. The answer is marshalled later;
 // nothing of it changes.
-func (s *Server) do(t *table, q *query, r *http.Request, body []byte) (int, any, error) {
-	if q.sub != "" && q.sub != "status" && (q.sub != "eviction" || q.resource != "pods") {
+func (s *Server) do(t *table, q *query, r *http.Request, who *bearer, body []byte) (int, any, error) {
+	if q.sub != "" && q.sub != "status" && q.fullResource() != "pods/eviction" && q.fullResource() != "serviceaccounts/token" {
 		return 0, nil, apierrors.NewNotFound(t.res.groupResource(), q.name+"/"+q.sub)
 	}
 	if q.verb == "list" {
@@ -228,6 +231,9 @@ func (s *Server) do(t *table, q *query, r *http.Request, body []byte) (int, any,
 		}
 		return s.delete(t, q, o, opts)
 	case "create":
+		if q.sub == "token" {
+			return s.requestToken(q, who, body)
+		}
 		return s.evict(t, q, o, body)
 	}
 	return 0, nil, apierrors.NewMethodNotSupported(t.res.groupResource(), q.verb)

@@ -26,7 +26,7 @@ import (
 )
 
 // An Object is one of Kubernetes' types that the server keeps: *corev1.Pod,
-// Node, Namespace, Event, *appsv1.DaemonSet, *eventsv1.Event,
+// Node, Namespace, ServiceAccount, Event, *appsv1.DaemonSet, *eventsv1.Event,
 // *policyv1.PodDisruptionBudget.
 type Object interface {
 	metav1.Object
@@ -45,6 +45,7 @@ var resources = []*resource{
 	{"", "v1", "nodes", "Node", false, &corev1.Node{}},
 	{"", "v1", "namespaces", "Namespace", false, &corev1.Namespace{}},
 	{"", "v1", "events", "Event", true, &corev1.Event{}},
+	{"", "v1", "serviceaccounts", "ServiceAccount", true, &corev1.ServiceAccount{}},
 	{"events.k8s.io", "v1", "events", "Event", true, &eventsv1.Event{}},
 	{"apps", "v1", "daemonsets", "DaemonSet", true, &appsv1.DaemonSet{}},
 	{"policy", "v1", "poddisruptionbudgets", "PodDisruptionBudget", true, &policyv1.PodDisruptionBudget{}},
