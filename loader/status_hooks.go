@@ -67,9 +67,6 @@ func (s *surveyor) lookHooks(st *Status, b *loaded) (alive bool) {
 		// host's, and be looked for from inside of a container.
 		st.CgroupGone = errors.Is(err, unix.ENOENT) && detached || err == nil && is.Ino != r.CgroupID
 	}
-	if r.InboundHook == TC {
-		return s.lookTC(st, b)
-	}
 
 	dir = b.netnsLinks(r.Cookie)
 	stamp, err := b.stampIn(dir, r.Cookie)
@@ -94,6 +91,9 @@ func (s *surveyor) lookHooks(st *Status, b *loaded) (alive bool) {
 	}
 	if last := &st.Hooks[len(st.Hooks)-1]; last.State == HookAttached && ids[stampLink] > ids[skLookupLink] {
 		last.State, last.Text = HookMissing, "sk_lookup is attached before the stamp that it needs: inbound connections are refused"
+	}
+	if r.InboundHook == TC && s.lookTC(st, b) {
+		alive = true
 	}
 	return alive
 }
@@ -122,7 +122,8 @@ func (s *surveyor) lookLink(path, name string, want uint32, to string) (*linkInf
 	return li, hook
 }
 
-// lookTC is lookHooks for the TC program at the pod's interfaces.
+// lookTC is lookHooks for the TC program, which a pod may have at its interfaces
+// besides.
 func (s *surveyor) lookTC(st *Status, b *loaded) (alive bool) {
 	r, want := st.Record, b.ids[bpf.ShuntProgShuntTc]
 	var n *Netns
@@ -230,8 +231,8 @@ func programName(id uint32) (string, error) {
 }
 
 // lookCloser asks the pod's cgroup and network namespace what is attached there:
-// for programs of Shunt's that no link of the pod's runs, and interfaces that
-// have none.
+// for programs of Shunt's that no link of the pod's runs, and interfaces by which
+// what arrives meets none.
 func (s *surveyor) lookCloser(st *Status, b *loaded) error {
 	r := st.Record
 	if !st.CgroupGone {
@@ -253,9 +254,14 @@ func (s *surveyor) lookCloser(st *Status, b *loaded) error {
 		return err
 	}
 	defer n.Close()
-	if r.InboundHook != TC {
-		stamp, _ := b.stampIn(b.netnsLinks(r.Cookie), r.Cookie) // lookHooks has said it
-		return s.strangers(st, n.fd, ebpf.AttachSkLookup, "sk_lookup", stamp, b.ids[bpf.ShuntProgShuntSkLookup])
+	stamp, _ := b.stampIn(b.netnsLinks(r.Cookie), r.Cookie) // lookHooks has said it
+	skLookup := b.ids[bpf.ShuntProgShuntSkLookup]
+	if err := s.strangers(st, n.fd, ebpf.AttachSkLookup, "sk_lookup", stamp, skLookup); err != nil || r.InboundHook != TC {
+		return err
+	}
+	// What arrives by an interface that came later is sk_lookup's.
+	if got, err := query(n.fd, ebpf.AttachSkLookup); err != nil || slices.Contains(got, skLookup) {
+		return err
 	}
 	if err := n.do(func() (err error) { n.rt, err = openRTNL(); return err }); err != nil {
 		return err
@@ -268,7 +274,7 @@ func (s *surveyor) lookCloser(st *Status, b *loaded) error {
 		if !slices.ContainsFunc(r.Interfaces, func(x TCInterface) bool { return x.Index == i.Index }) {
 			st.Hooks = append(st.Hooks, HookStatus{
 				Name: "tc " + i.Name, State: HookMissing,
-				Text: fmt.Sprintf("interface %s came after the pod was attached: what arrives by it goes around the proxy", i.Name),
+				Text: fmt.Sprintf("interface %s came after the pod was attached: without sk_lookup what arrives by it goes around the proxy", i.Name),
 			})
 		}
 	}

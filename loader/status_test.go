@@ -304,8 +304,9 @@ func TestPrivilegedLookAtOthers(t *testing.T) {
 	nothingLeft(t, opts)
 }
 
-// The TC program is seen at each interface, as a link or as a filter; and an
-// interface that has none.
+// The TC program is seen at each interface, as a link or as a filter, and so are
+// the programs that stand behind it: they serve an interface that comes later,
+// which is no finding unless they are gone.
 func TestPrivilegedLookAtTC(t *testing.T) {
 	testbed.Privileged(t)
 	testbed.NoLeaks(t)
@@ -325,7 +326,7 @@ func TestPrivilegedLookAtTC(t *testing.T) {
 		}
 		attach()
 		for _, closely := range []bool{false, true} {
-			if st := only(t, opts, closely); st.wrong() != "" || len(st.Hooks) != len(hooks)+1 || st.Hooks[len(hooks)].Name != "tc eth0" {
+			if st := only(t, opts, closely); st.wrong() != "" || len(st.Hooks) != len(hooks)+3 || st.Hooks[len(hooks)+2].Name != "tc eth0" {
 				t.Errorf("%v", st.Hooks)
 			}
 		}
@@ -353,14 +354,38 @@ func TestPrivilegedLookAtTC(t *testing.T) {
 			}
 		}
 		attach()
+		detach := func(name, want string) {
+			t.Helper()
+			if err := unlink(filepath.Join(opts.BPFDir, netnsLinks, fmt.Sprint(p.NetnsCookie(t)), name)); err != nil {
+				t.Fatal(err)
+			}
+			for _, closely := range []bool{false, true} {
+				w := only(t, opts, closely).wrong()
+				if !strings.HasPrefix(w, name+" missing: ") || closely && !strings.Contains(w, want) {
+					t.Errorf("%s detached, closely %v: %s", name, closely, w)
+				}
+			}
+		}
+		detach(stampLink, "")
+		attach()
 		p.Command(t, "ip", "link", "add", "net1", "type", "veth", "peer", "name", "net2")
-		if w := only(t, opts, true).wrong(); !strings.Contains(w, "tc net1 missing: interface net1 came after") {
+		if w := only(t, opts, true).wrong(); w != "" {
 			t.Errorf("an interface that came after: %s", w)
 		}
+		detach(skLookupLink, "; tc net1 missing: interface net1 came after the pod was attached: without sk_lookup ")
 		p.Command(t, "ip", "link", "del", "net1")
+		attach()
 		if w := only(t, opts, true).wrong(); w != "" {
 			t.Error(w)
 		}
+		// Those of another datapath are told here too.
+		other := opts
+		other.BPFDir, other.RunDir = filepath.Join(filepath.Dir(opts.BPFDir), "other"), t.TempDir()
+		mustAttach(t, other, p, testRules(p))
+		if w := only(t, opts, true).wrong(); !strings.Contains(w, "sk_lookup extra: a second sk_lookup is attached: ") {
+			t.Errorf("two datapaths: %s", w)
+		}
+		mustRemove(t, other, p)
 		mustRemove(t, opts, p)
 	}
 }

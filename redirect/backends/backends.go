@@ -49,8 +49,10 @@ type Backends struct {
 	iptables backend
 	// yield is Remove of iptables, for a pod that eBPF redirects by now and that
 	// may be running.
-	yield   func(ctx context.Context, a redirect.Attachment, running bool) error
-	foreign func(ctx context.Context, netns string) ([]string, error)
+	yield func(ctx context.Context, a redirect.Attachment, running bool) error
+	// takeOver is Apply of iptables, for a pod that eBPF redirects so far.
+	takeOver func(ctx context.Context, t redirect.Target, p *redirect.Policy) error
+	foreign  func(ctx context.Context, netns string) ([]string, error)
 	// What Status asks.
 	node  loader.Options
 	rules *iptables.Backend
@@ -70,6 +72,7 @@ func New(opts Options) *Backends {
 		ebpf:     ebpf.New(node),
 		iptables: ipt,
 		yield:    ipt.Yield,
+		takeOver: ipt.TakeOver,
 		foreign:  ipt.Foreign,
 		node:     node,
 		rules:    ipt,
@@ -100,15 +103,22 @@ func (b *Backends) Apply(ctx context.Context, t redirect.Target, p *redirect.Pol
 		reason := ebpf.Reason(err)
 		b.log.Warn("eBPF can't redirect the pod: iptables takes over", "reason", reason.Name, "error", err)
 		c = redirect.Choice{Datapath: redirect.Iptables, Reasons: redirect.Reasons{reason}}
-		if err2 := b.iptables.Apply(ctx, t, p); err2 != nil {
+		if err2 := b.byIptables(ctx, t, p); err2 != nil {
 			return c, fmt.Errorf("datapath ebpf: %w; datapath iptables, which was to take over: %w", err, err2)
 		}
 		return c, b.replace(ctx, t, p, b.iptables, b.ebpf, b.ebpf.Remove)
 	}
-	if err := b.iptables.Apply(ctx, t, p); err != nil {
+	if err := b.byIptables(ctx, t, p); err != nil {
 		return c, fmt.Errorf("datapath iptables: %w", err)
 	}
 	return c, b.replace(ctx, t, p, b.iptables, b.ebpf, b.ebpf.Remove)
+}
+
+func (b *Backends) byIptables(ctx context.Context, t redirect.Target, p *redirect.Policy) error {
+	if b.ebpf.Knows(t.Attachment) {
+		return b.takeOver(ctx, t, p)
+	}
+	return b.iptables.Apply(ctx, t, p)
 }
 
 // replace ends what the other backend did for a target, now that one has applied.

@@ -41,6 +41,10 @@ func (f *fake) Remove(context.Context, redirect.Attachment) error { return f.do(
 
 func (f *fake) Yield(context.Context, redirect.Attachment, bool) error { return f.do("yield") }
 
+func (f *fake) TakeOver(context.Context, redirect.Target, *redirect.Policy) error {
+	return f.do("take over")
+}
+
 func (f *fake) Ready(context.Context) error { return f.do("ready") }
 
 func (f *fake) Knows(redirect.Attachment) bool { return f.knows }
@@ -62,7 +66,7 @@ func both(fails map[string]error) (b *Backends, diary *[]string, log *bytes.Buff
 		return f
 	}
 	ipt := of("iptables")
-	return &Backends{ebpf: of("ebpf"), iptables: ipt, yield: ipt.Yield, log: slog.New(slog.NewTextHandler(log, nil))}, diary, log
+	return &Backends{ebpf: of("ebpf"), iptables: ipt, yield: ipt.Yield, takeOver: ipt.TakeOver, log: slog.New(slog.NewTextHandler(log, nil))}, diary, log
 }
 
 func TestApply(t *testing.T) {
@@ -84,14 +88,14 @@ func TestApply(t *testing.T) {
 		errors []string
 	}{
 		{name: "eBPF", choice: auto, want: auto, did: []string{"ebpf apply", "iptables yield"}},
-		{name: "iptables", choice: iptables, want: iptables, did: []string{"iptables apply", "ebpf remove"}},
+		{name: "iptables", choice: iptables, want: iptables, did: []string{"iptables take over", "ebpf remove"}},
 		{
 			name: "iptables takes over", choice: auto, fails: map[string]error{"ebpf apply": refused}, want: tookOver(redirect.ReasonLoadRefused, refused),
-			did: []string{"ebpf apply", "iptables apply", "ebpf remove"},
+			did: []string{"ebpf apply", "iptables take over", "ebpf remove"},
 		},
 		{
 			name: "for whatever reason", choice: auto, fails: map[string]error{"ebpf apply": other}, want: tookOver(redirect.ReasonFailed, other),
-			did: []string{"ebpf apply", "iptables apply", "ebpf remove"},
+			did: []string{"ebpf apply", "iptables take over", "ebpf remove"},
 		},
 		{name: "eBPF is asked for", choice: ebpf, fails: map[string]error{"ebpf apply": refused}, did: []string{"ebpf apply"}, errors: []string{"datapath ebpf: load: the kernel refuses"}},
 		{
@@ -99,11 +103,11 @@ func TestApply(t *testing.T) {
 			did: []string{"ebpf apply"}, errors: []string{"EIO; not undone"},
 		},
 		{
-			name: "neither", choice: auto, fails: map[string]error{"ebpf apply": refused, "iptables apply": other},
-			did: []string{"ebpf apply", "iptables apply"}, errors: []string{"datapath ebpf: load", "iptables, which was to take over: EIO"},
+			name: "neither", choice: auto, fails: map[string]error{"ebpf apply": refused, "iptables take over": other},
+			did: []string{"ebpf apply", "iptables take over"}, errors: []string{"datapath ebpf: load", "iptables, which was to take over: EIO"},
 		},
-		{name: "iptables fails", choice: iptables, fails: map[string]error{"iptables apply": other}, did: []string{"iptables apply"}, errors: []string{"datapath iptables: EIO"}},
-		{name: "the other stays", choice: iptables, fails: map[string]error{"ebpf remove": other}, did: []string{"iptables apply", "ebpf remove"}, errors: []string{"EIO"}},
+		{name: "iptables fails", choice: iptables, fails: map[string]error{"iptables take over": other}, did: []string{"iptables take over"}, errors: []string{"datapath iptables: EIO"}},
+		{name: "the other stays", choice: iptables, fails: map[string]error{"ebpf remove": other}, did: []string{"iptables take over", "ebpf remove"}, errors: []string{"EIO"}},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			b, did, log := both(tc.fails)
@@ -122,7 +126,7 @@ func TestApply(t *testing.T) {
 			if diff := cmp.Diff(tc.did, *did); diff != "" {
 				t.Error(diff)
 			}
-			took := slices.Contains(*did, "ebpf apply") && slices.Contains(*did, "iptables apply")
+			took := slices.Contains(*did, "ebpf apply") && slices.Contains(*did, "iptables take over")
 			if told := strings.Contains(log.String(), "iptables takes over"); told != took {
 				t.Errorf("logged %s", log)
 			}
@@ -149,7 +153,7 @@ func TestApply(t *testing.T) {
 		}
 		if diff := cmp.Diff([]string{
 			"ebpf apply", "iptables yield", "ebpf apply",
-			"iptables apply", "ebpf remove", "iptables apply",
+			"iptables take over", "ebpf remove", "iptables apply",
 		}, *did); diff != "" {
 			t.Error(diff)
 		}

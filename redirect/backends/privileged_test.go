@@ -9,15 +9,20 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
 	"runtime"
 	"slices"
 	"strings"
 	"testing"
 	"time"
 
+	"github.com/google/go-cmp/cmp"
 	"golang.org/x/sys/unix"
 
 	"shunt.dev/shunt/internal/testbed"
+	"shunt.dev/shunt/internal/tproxy"
 	"shunt.dev/shunt/loader"
 	"shunt.dev/shunt/redirect"
 	"shunt.dev/shunt/redirect/iptables"
@@ -249,6 +254,145 @@ func TestPrivilegedChangeTProxy(t *testing.T) {
 	}
 	if after := marks(); after != before {
 		t.Errorf("rules after: %s\nbefore: %s", after, before)
+	}
+}
+
+// refusing makes a folder of iptables programs that refuse to program a pod: those
+// whose name begins so. Whatever else is asked of them they do.
+func refusing(t *testing.T, prefix string) (dir string) {
+	t.Helper()
+	dir = t.TempDir()
+	for _, name := range []string{"iptables-nft-restore", "iptables-nft-save", "ip6tables-nft-restore", "ip6tables-nft-save"} {
+		program, err := exec.LookPath(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		script := "#!/bin/sh\n"
+		if strings.HasPrefix(name, prefix) && strings.HasSuffix(name, "restore") {
+			script += "rules=$(cat)\ncase $rules in *'-A SHUNT_OUT'*) echo no such table >&2; exit 4;; esac\n" +
+				"echo \"$rules\" | exec " + program + " \"$@\"\n"
+		} else {
+			script += "exec " + program + " \"$@\"\n"
+		}
+		if err := os.WriteFile(filepath.Join(dir, name), []byte(script), 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return dir
+}
+
+// TestPrivilegedChangeFails: a pod of eBPF's that iptables can't take over has all
+// that it had, what the two share above all, and what is kept for connections that
+// iptables has redirected.
+func TestPrivilegedChangeFails(t *testing.T) {
+	testbed.Privileged(t)
+	testbed.NoLeaks(t)
+	w := testbed.NewWorld(t)
+	w.ServeAll(t)
+	for _, mode := range []string{"REDIRECT", "TPROXY"} {
+		for _, first := range [][]redirect.Datapath{{redirect.EBPF}, {redirect.Iptables, redirect.EBPF}} {
+			for _, refuses := range []string{"ip", "ip6"} { // both families, or one
+				t.Run(fmt.Sprint(mode, first, refuses), func(t *testing.T) {
+					testChangeFails(t, testbed.NewPod(t, testbed.InWorld(w)), mode, first, refuses)
+				})
+			}
+		}
+	}
+}
+
+func testChangeFails(t *testing.T, p *testbed.Pod, mode string, first []redirect.Datapath, refuses string) {
+	b, target, policy := nodeOf(t, iptables.NFT, p, testbed.Annotate("sidecar.istio.io/interceptionMode", mode))
+	state := func() (s string) {
+		for _, c := range []string{
+			"ip -6 addr show dev lo", "ip rule", "ip -6 rule", "ip route show table all", "ip -6 route show table all",
+			"cat /proc/sys/net/ipv4/tcp_fwmark_accept /proc/sys/net/ipv4/fwmark_reflect /proc/sys/net/ipv6/fwmark_reflect",
+		} {
+			s += c + "\n" + p.Command(t, strings.Fields(c)...)
+		}
+		for _, c := range []string{"iptables-nft-save", "ip6tables-nft-save"} {
+			for line := range strings.Lines(p.Command(t, c)) {
+				if strings.Contains(line, "SHUNT") && strings.HasPrefix(line, "-A") {
+					s += line
+				}
+			}
+		}
+		return s
+	}
+	proxy := p.StartProxy(t, testbed.ProxyUID, testbed.ProxyGID, testbed.ProxyActor(testbed.WithCaps(unix.CAP_NET_ADMIN)),
+		testbed.ShapeListeners(func(l *testbed.ListenSpec) { l.Transparent = mode == "TPROXY" && l.Name == "in" }))
+	app := p.StartApp(t, 8080)
+	var alive []int
+	for _, d := range first {
+		if _, err := b.Apply(t.Context(), target, policy, chosen(d)); err != nil {
+			t.Fatal(err)
+		}
+		for _, dst := range []string{"10.99.3.4:80", "[fd99::3]:443"} {
+			r := app.Connect(t, testbed.ConnectSpec{Dst: netip.MustParseAddrPort(dst), Keep: true})
+			if r.Listener() != "out" {
+				t.Fatalf("%s: to %s: %+v", d, dst, r)
+			}
+			alive = append(alive, r.Sock)
+		}
+	}
+	before, known := state(), b.iptables.Knows(target.Attachment)
+	if !strings.Contains(before, "::6/128") || strings.Contains(before, "fwmark 0x539") != (mode == "TPROXY") || strings.Contains(before, "SHUNT_KEEP") != known || known != (len(first) > 1) {
+		t.Fatalf("before: known %v, %s", known, before)
+	}
+
+	bad := New(Options{BPFDir: b.node.BPFDir, RunDir: b.node.RunDir, Iptables: iptables.NFT, IptablesPath: refusing(t, refuses)})
+	for range 2 {
+		if _, err := bad.Apply(t.Context(), target, policy, chosen(redirect.Iptables)); err == nil || !strings.Contains(err.Error(), "no such table") {
+			t.Fatalf("iptables refuses, and apply says %v", err)
+		}
+		if diff := cmp.Diff(before, state()); diff != "" {
+			t.Errorf("the pod is not as it was (-before +after):\n%s", diff)
+		}
+		if knows := b.iptables.Knows(target.Attachment); knows != known {
+			t.Errorf("a record of iptables': %v, it was %v", knows, known)
+		}
+		if err := b.Check(t.Context(), target); err != nil {
+			t.Error(err)
+		}
+		list, err := b.Inspect(t.Context(), func(redirect.PodRef) bool { return true })
+		if err != nil || len(list) != 1 || problems(list[0]) != "" || list[0].Datapath != redirect.EBPF {
+			t.Errorf("status %+v, %v", list, err)
+		}
+		if mode == "REDIRECT" {
+			redirected(t, "after the failure", p, app)
+		}
+		for _, a := range p.AllAddrs() {
+			spec := testbed.ConnectSpec{Dst: netip.AddrPortFrom(a, 8080), Abort: true}
+			if r := p.World.Connect(t, spec); r.Listener() != "in" {
+				t.Errorf("to %v: %+v", a, r)
+			}
+			// The proxy to its app, from where its app's answers come back to it.
+			from := netip.MustParseAddr("127.0.0.6")
+			if a.Is6() {
+				from = netip.MustParseAddr("::6")
+			}
+			if mode == "TPROXY" {
+				if from = netip.MustParseAddr("203.0.113.77"); a.Is6() {
+					from = netip.MustParseAddr("2001:db8::77")
+				}
+				spec.Transparent, spec.Mark = true, tproxy.Mark
+			}
+			spec.Bind = netip.AddrPortFrom(from, 0)
+			if r := proxy.Connect(t, spec); r.Listener() != "app" {
+				t.Errorf("the proxy from %v to %v: %+v", from, a, r)
+			}
+		}
+		for _, sock := range alive {
+			errno := app.Send(t, sock, "on\n")
+			if line, errno2 := app.RecvLine(t, sock, 2*time.Second); strings.TrimSpace(line) != "on" {
+				t.Errorf("a connection that was: %q, %s%s", line, errno, errno2)
+			}
+		}
+	}
+	if _, err := b.Apply(t.Context(), target, policy, chosen(redirect.Iptables)); err != nil {
+		t.Fatal(err)
+	}
+	if err := b.Check(t.Context(), target); err != nil {
+		t.Error(err)
 	}
 }
 

@@ -89,7 +89,17 @@ func (b *Backend) Mode(ctx context.Context) (Mode, error) {
 //
 // On error nothing is left programmed, except in a pod that an earlier Apply
 // has programmed to its end: that one stays redirected.
-func (b *Backend) Apply(ctx context.Context, t redirect.Target, p *redirect.Policy) (err error) {
+func (b *Backend) Apply(ctx context.Context, t redirect.Target, p *redirect.Policy) error {
+	return b.apply(ctx, t, p, false)
+}
+
+// TakeOver is Apply for a pod that another backend redirects so far: on error
+// that has all that it had, what they share and what Yield has left.
+func (b *Backend) TakeOver(ctx context.Context, t redirect.Target, p *redirect.Policy) error {
+	return b.apply(ctx, t, p, true)
+}
+
+func (b *Backend) apply(ctx context.Context, t redirect.Target, p *redirect.Policy, over bool) (err error) {
 	unlock, err := b.lock(ctx, t.Attachment)
 	if err != nil {
 		return err
@@ -136,6 +146,12 @@ func (b *Backend) Apply(ctx context.Context, t redirect.Target, p *redirect.Poli
 			return err
 		}
 	}
+	own := *r // what goes again on error
+	if over {
+		if err := own.spare(n); err != nil {
+			return err
+		}
+	}
 	if err := b.writeRecord(r); err != nil {
 		return err
 	}
@@ -144,8 +160,10 @@ func (b *Backend) Apply(ctx context.Context, t redirect.Target, p *redirect.Poli
 		case err == nil:
 		case before != nil && before.Done && !before.Kept:
 			err = errors.Join(err, b.writeRecord(before))
+		case over && before != nil && before.Kept:
+			err = errors.Join(err, b.keepAgain(ctx, n, before, &own))
 		default:
-			err = errors.Join(err, b.undo(ctx, n, r))
+			err = errors.Join(err, b.undo(ctx, n, &own))
 		}
 	}()
 	if err := n.prepare(r); err != nil {

@@ -3,6 +3,7 @@
 package iptables
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -66,4 +67,29 @@ func (b *Backend) abandon(ctx context.Context, n *namespace, r *record) error {
 		}
 	}
 	return b.writeRecord(&left)
+}
+
+// keepAgain is undo of r for a pod in which something was kept: that stays.
+func (b *Backend) keepAgain(ctx context.Context, n *namespace, before, r *record) error {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), b.opts.Timeout)
+	defer cancel()
+	if others, err := b.shared(r); err != nil || others {
+		return errors.Join(err, b.writeRecord(before))
+	}
+	kept := *before
+	kept.IPv4, kept.IPv6 = cmp.Or(before.IPv4, r.IPv4), cmp.Or(before.IPv6, r.IPv6)
+	kept.TProxy, kept.Sysctls = r.TProxy, r.Sysctls
+	return b.abandon(ctx, n, &kept)
+}
+
+// spare takes out of a record what is there before Apply: in a pod that another
+// backend redirects it is that one's.
+func (r *record) spare(n *namespace) error {
+	r.S6 = r.S6 && !n.hasS6
+	if !r.TProxy {
+		return nil
+	}
+	missing, err := n.tproxy(r.families()).Check(r.Sysctls)
+	r.TProxy = len(missing) > 0
+	return err
 }
