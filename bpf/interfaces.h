@@ -15,6 +15,9 @@
 #define INTERFACES 16
 #define ADDRESSES 16 // of an interface and a family
 #define IFF_UP 1
+#define IFA_F_OPTIMISTIC 0x04
+#define IFA_F_DADFAILED 0x08
+#define IFA_F_TENTATIVE 0x40
 
 // What find_ways finds.
 struct ways {
@@ -22,7 +25,18 @@ struct ways {
 	__u32 pods;    // the pod's other interface's, if it is there by its name
 	__u32 others;  // how many others are up
 	__u32 holder;  // the index of the interface that has the address; 0: none
+	__u64 sum;     // over the addresses, of its family, that are before the address, or all
 };
+
+// hash is what an address adds to a sum, by which sets of them are compared;
+// loader.Rules has the same.
+static __always_inline __u64 hash(const struct addr *a)
+{
+	__u64 h = ((__u64)a->w[0] << 32 | a->w[1]) * 0x9e3779b97f4a7c15;
+
+	h = ((h ^ h >> 32) + ((__u64)a->w[2] << 32 | a->w[3])) * 0xbf58476d1ce4e5b9;
+	return h ^ h >> 32;
+}
 
 static __always_inline bool is_named(struct net_device *dev, const __u8 *name)
 {
@@ -41,8 +55,17 @@ static __always_inline bool is_named_lo(struct net_device *dev)
 	return is_named(dev, lo);
 }
 
+// is_settled: others may have an address as long as the kernel does not know that
+// nobody has, and routes what goes there to them.
+static __always_inline bool is_settled(const struct inet6_ifaddr *ifa6)
+{
+	__u32 flags = BPF_CORE_READ(ifa6, flags);
+
+	return !(flags & (IFA_F_TENTATIVE | IFA_F_DADFAILED)) || (flags & IFA_F_OPTIMISTIC);
+}
+
 // holds reports whether an interface has an address.
-__noinline int holds(__u64 interface, const struct addr *a)
+__noinline int holds(__u64 interface, const struct addr *a, struct ways *w)
 {
 	struct net_device *dev = (struct net_device *)interface;
 	struct inet6_ifaddr *ifa6 = 0;
@@ -52,7 +75,7 @@ __noinline int holds(__u64 interface, const struct addr *a)
 	struct in_device *in = 0;
 	struct addr has;
 
-	if (!dev || !a)
+	if (!dev || !a || !w)
 		return false;
 	if (is_mapped(a)) {
 		if (!bpf_core_field_exists(dev->ip_ptr) || !bpf_core_field_exists(in->ifa_list) ||
@@ -61,14 +84,17 @@ __noinline int holds(__u64 interface, const struct addr *a)
 		in = BPF_CORE_READ(dev, ip_ptr);
 		ifa = in ? BPF_CORE_READ(in, ifa_list) : 0;
 		for (int i = 0; i < ADDRESSES && ifa; i++) {
-			if (BPF_CORE_READ(ifa, ifa_local) == a->w[3])
+			has = mapped(BPF_CORE_READ(ifa, ifa_local));
+			if (same(&has, a))
 				return true;
+			if (!is_loopback(&has))
+				w->sum += hash(&has);
 			ifa = BPF_CORE_READ(ifa, ifa_next);
 		}
 		return ifa ? -E2BIG : false;
 	}
 	if (!bpf_core_field_exists(dev->ip6_ptr) || !bpf_core_field_exists(in6->addr_list) ||
-	    !bpf_core_field_exists(ifa6->addr) || !bpf_core_field_exists(ifa6->if_list))
+	    !bpf_core_field_exists(ifa6->addr) || !bpf_core_field_exists(ifa6->flags) || !bpf_core_field_exists(ifa6->if_list))
 		return -ENOSYS;
 	in6 = BPF_CORE_READ(dev, ip6_ptr);
 	if (!in6)
@@ -78,9 +104,13 @@ __noinline int holds(__u64 interface, const struct addr *a)
 	for (int i = 0; i < ADDRESSES && at != head; i++) {
 		ifa6 = (void *)at - bpf_core_field_offset(struct inet6_ifaddr, if_list);
 		bpf_probe_read_kernel(&has, sizeof(has), __builtin_preserve_access_index(&ifa6->addr));
+		at = BPF_CORE_READ(ifa6, if_list.next);
+		if (!is_settled(ifa6))
+			continue;
 		if (same(&has, a))
 			return true;
-		at = BPF_CORE_READ(ifa6, if_list.next);
+		if (!is_loopback(&has))
+			w->sum += hash(&has);
 	}
 	return at == head ? false : -E2BIG;
 }
@@ -118,7 +148,7 @@ __noinline int find_ways(__u64 cookie, __u64 address, const struct pod *pod, con
 		} else {
 			w->others++;
 		}
-		has = holds((__u64)dev, a);
+		has = holds((__u64)dev, a, w);
 		if (has < 0)
 			return has;
 		if (has)
@@ -136,30 +166,82 @@ static __always_inline bool is_whole(int err)
 	return err != -E2BIG && err != -ENOENT && err != -ENOSYS && err != -EINVAL;
 }
 
-static __always_inline __u32 generation(const struct net *net, enum family f)
+// sum_up finds the sum over all the pod's addresses, as find_ways finds them.
+static __always_inline int sum_up(__u64 cookie, __u64 net, const struct pod *pod, __u64 *sum)
 {
-	if (!bpf_core_field_exists(net->ipv4.dev_addr_genid))
-		return 0;
-	if (f == FAMILY4)
-		return BPF_CORE_READ(net, ipv4.dev_addr_genid.counter);
-	return bpf_core_field_exists(net->ipv6.dev_addr_genid) ? BPF_CORE_READ(net, ipv6.dev_addr_genid.counter) : 0;
+	// Nobody has the unspecified address: all are looked at.
+	struct addr none = { { 0, 0, MAPPED_WORD, 0 } };
+	struct ways w = {};
+	int err;
+
+	err = find_ways(cookie, net, pod, &none, &w);
+	if (!is_whole(err))
+		return err;
+	none.w[2] = 0;
+	w.lo = w.pods = w.others = 0;
+	err = find_ways(cookie, net, pod, &none, &w);
+	*sum = w.sum;
+	return err;
 }
 
-// have_changed reports whether addresses have come or gone since ADD: then dests
-// doesn't say any more which are the pod's own.
-static __always_inline bool have_changed(const struct pod_state *c)
+// generation is how often addresses have come or gone, of both families.
+static __always_inline __u64 generation(const struct net *net)
 {
-	struct net *net = (struct net *)c->net;
+	__u32 four = 0, six = 0;
 
-	return net && (generation(net, FAMILY4) != c->generation[FAMILY4] || generation(net, FAMILY6) != c->generation[FAMILY6]);
+	if (bpf_core_field_exists(net->ipv4.dev_addr_genid))
+		four = BPF_CORE_READ(net, ipv4.dev_addr_genid.counter);
+	if (bpf_core_field_exists(net->ipv6.dev_addr_genid))
+		six = BPF_CORE_READ(net, ipv6.dev_addr_genid.counter);
+	return (__u64)four << 32 | six;
 }
 
-// is_own reports whether an address is the pod's own now.
-__noinline int is_own(__u64 cookie, const struct addr *a)
+// compare reports whether the pod's addresses are those of dests, and has the
+// answer stand for as long as none comes or goes.
+__noinline int compare(__u64 cookie, __u64 now)
+{
+	struct pod_state *c;
+	struct pod *pod;
+	__u64 sum = 0;
+	bool equal;
+
+	c = bpf_map_lookup_elem(&states, &cookie);
+	pod = bpf_map_lookup_elem(&pods, &cookie);
+	if (!c || !pod)
+		return false;
+	equal = is_whole(sum_up(cookie, c->net, pod, &sum)) && sum == pod->own;
+	if (equal)
+		c->generation = now;
+	c->compared = now;
+	return equal;
+}
+
+// is_known says that dests has the pod's own addresses, as far as was looked at.
+static __always_inline bool is_known(const struct pod_state *c)
+{
+	return !c->net || generation((struct net *)c->net) == c->generation;
+}
+
+// have_changed reports whether the pod's addresses are not those that dests says
+// are its own.
+static __always_inline bool have_changed(__u64 cookie, const struct pod_state *c)
+{
+	__u64 now;
+
+	if (is_known(c))
+		return false;
+	now = generation((struct net *)c->net);
+	return now == c->compared || !compare(cookie, now);
+}
+
+// owns reports whether an address is the pod's own now. It fails with -E2BIG where
+// the pod's addresses have changed, and are too many to look at.
+__noinline int owns(__u64 cookie, const struct addr *a)
 {
 	struct pod_state *c;
 	struct ways w = {};
 	struct pod *pod;
+	int err;
 
 	if (!a)
 		return false;
@@ -167,17 +249,31 @@ __noinline int is_own(__u64 cookie, const struct addr *a)
 		return true;
 	c = bpf_map_lookup_elem(&states, &cookie);
 	pod = bpf_map_lookup_elem(&pods, &cookie);
-	if (c && pod && have_changed(c) && is_whole(find_ways(cookie, c->net, pod, a, &w)))
+	if (!c || !pod || is_known(c))
+		return is_local(cookie, a);
+	err = find_ways(cookie, c->net, pod, a, &w);
+	if (is_whole(err))
 		return w.holder != 0;
-	return is_local(cookie, a);
+	failed(cookie, PLACE_INTERFACES, err);
+	return err == -E2BIG ? err : is_local(cookie, a);
 }
 
-// renew has a flow know what its destination is now.
+// is_own is owns, where what was the pod's own at ADD still is, unless it is known
+// not to be.
+static __always_inline bool is_own(__u64 cookie, const struct addr *a)
+{
+	int own = owns(cookie, a);
+
+	return own < 0 ? is_local(cookie, a) : own;
+}
+
+// renew has a flow know what its destination is now. What may be another's is not
+// let past the proxy.
 static __always_inline void renew(__u64 cookie, struct flow *f)
 {
 	if (is_loopback(&f->dst))
 		return;
-	if (is_own(cookie, &f->dst))
+	if (owns(cookie, &f->dst) > 0)
 		f->dest |= DEST_LOCAL;
 	else
 		f->dest &= ~DEST_LOCAL;
@@ -249,26 +345,20 @@ int shunt_look(struct __sk_buff *skb)
 {
 	struct net *net = BPF_CORE_READ((struct sk_buff *)skb, dev, nd_net.net);
 	__u64 cookie = BPF_CORE_READ(net, net_cookie);
-	struct addr none = { { 0, 0, MAPPED_WORD, 0 } }, none6 = {};
-	struct ways w = {};
 	struct pod_state *c;
 	struct pod *pod;
+	__u64 sum = 0;
 	int err;
 
 	pod = bpf_map_lookup_elem(&pods, &cookie);
 	c = bpf_map_lookup_elem(&states, &cookie);
 	if (!pod || !c)
 		return ENOENT;
-	c->generation[FAMILY4] = generation(net, FAMILY4);
-	c->generation[FAMILY6] = generation(net, FAMILY6);
+	c->compared = generation(net); // before they are looked at
 	c->net = (__u64)net;
-	if (!(pod->flags & POD_EXCLUDE))
-		return 0;
-	// Nobody has the unspecified address: all are looked at.
-	err = find_ways(cookie, c->net, pod, &none, &w);
-	if (!err) {
-		w = (struct ways){};
-		err = find_ways(cookie, c->net, pod, &none6, &w);
-	}
-	return -err;
+	err = sum_up(cookie, c->net, pod, &sum);
+	// Those that can't be looked at are taken for what user space has found. Else
+	// a generation that has been matches none that comes.
+	c->generation = c->compared - (is_whole(err) && sum != pod->own);
+	return (pod->flags & POD_EXCLUDE) ? -err : 0;
 }

@@ -142,6 +142,7 @@ struct pod {
 	// The name of the pod's only interface besides lo, where one of the two is
 	// excluded; zeros behind it.
 	__u8 interface[16];
+	__u64 own; // the sum, by hash, over the addresses that are DEST_LOCAL in dests
 };
 
 #define POD_EXCLUDE (POD_EXCLUDE_LO | POD_EXCLUDE_IF)
@@ -204,8 +205,10 @@ struct pod_state {
 	// The kernel's struct net of the netns, whose programs alone look here: it
 	// lives for as long as they run.
 	__u64 net;
-	// How often addresses had come or gone there, at ADD; of each family.
-	__u32 generation[FAMILIES];
+	// How often addresses had come or gone there as they were those of dests,
+	// and as that was looked at last.
+	__u64 generation;
+	__u64 compared;
 };
 
 // Where a helper failed.
@@ -821,7 +824,7 @@ static __always_inline struct dest *complete_flow(__u64 cookie, const struct pod
 	dest = find_dest(cookie, &f->dst);
 	if (dest)
 		f->dest = dest->flags;
-	if (have_changed(c))
+	if (have_changed(cookie, c))
 		renew(cookie, f);
 	f->local = is_loopback(&f->dst) || (f->dest & DEST_LOCAL);
 	// The kernel answers ::6 from ::6, where for IPv4 it takes 127.0.0.1.
@@ -1142,7 +1145,7 @@ static __always_inline int connect(struct bpf_sock_addr *ctx, bool v6)
 				st->flags |= SOCKET_BOUND;
 				st->source = want;
 			}
-		} else if (listens(ctx, &want, port)) {
+		} else if (is_own(cookie, &want) && listens(ctx, &want, port)) {
 			// Bound to the wildcard and a port, it can't be bound
 			// again; but towards one of the pod's own addresses the
 			// kernel takes that address.
@@ -1541,6 +1544,7 @@ static __always_inline void on_connect(struct bpf_sock_ops *ctx, __u64 cookie, c
 	struct sock_state *st;
 	struct bpf_sock *sk;
 	struct pod_state *c;
+	bool redirected;
 	long err;
 
 	sk = ctx->sk;
@@ -1550,7 +1554,10 @@ static __always_inline void on_connect(struct bpf_sock_ops *ctx, __u64 cookie, c
 	ends(ctx, &key.saddr, &key.daddr);
 	if (st && (st->flags & SOCKET_BOUND))
 		st->source = key.saddr;
-	if (!is_proxy_port(pod, port) || !is_local(cookie, &key.daddr))
+	if (!is_proxy_port(pod, port))
+		return;
+	redirected = st && (st->flags & SOCKET_REDIRECTED);
+	if (!redirected && !is_own(cookie, &key.daddr))
 		return;
 	key.sport = bpf_htons(ctx->local_port);
 	key.dport = bpf_htons(port);
@@ -1559,7 +1566,7 @@ static __always_inline void on_connect(struct bpf_sock_ops *ctx, __u64 cookie, c
 	h.owner = bpf_get_socket_cookie(ctx);
 	h.dst = key.daddr;
 	h.port = key.dport;
-	if (st && (st->flags & SOCKET_REDIRECTED)) {
+	if (redirected) {
 		h.dst = st->dst;
 		h.port = st->port;
 	}
@@ -1603,7 +1610,7 @@ static __always_inline void on_accept(struct bpf_sock_ops *ctx, __u64 cookie, co
 	if (h) {
 		init.dst = h->dst;
 		init.port = h->port;
-	} else if (is_local(cookie, &key.saddr)) {
+	} else if (is_own(cookie, &key.saddr)) {
 		init.flags = SOCKET_LOST;
 		failed(cookie, PLACE_ACCEPT_NO_ENTRY, -ENOENT);
 	} else {
@@ -1876,6 +1883,7 @@ int shunt_sk_lookup(struct bpf_sk_lookup *ctx)
 	// stays inside the pod.
 	four = ctx->family == AF_INET;
 	remote = four ? mapped(ctx->remote_ip4) : words(ctx->remote_ip6);
+	have_changed(cookie, c); // or it is asked for each time
 	if (is_own(cookie, &remote))
 		return SK_PASS;
 

@@ -153,6 +153,7 @@ type ShuntPod struct {
 		W [4]uint32
 	}
 	Interface [16]uint8
+	Own       uint64
 }
 
 type ShuntPodFlag uint32
@@ -179,7 +180,8 @@ type ShuntPodState struct {
 	Listeners  [160]uint64
 	Rules      [22]uint64
 	Net        uint64
-	Generation [2]uint32
+	Generation uint64
+	Compared   uint64
 }
 
 type ShuntPortFlag uint32

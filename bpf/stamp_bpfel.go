@@ -4,7 +4,7 @@
 package bpf
 
 // Digest is the SHA-256 of the compiled object.
-const Digest = "9cdef885eebb21b2854992ee282de3bc0a670a692c0d08b401ee729901678b6c"
+const Digest = "005e91fa1ff2c4941d79013f94a65320792d1aa495b1f59f0a151d18928ed192"
 
 // stampCode is the program's instructions, with map descriptors of zero.
 const stampCode = "" +

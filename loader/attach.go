@@ -137,12 +137,12 @@ func (d *Datapath) Attach(t Target, rules Rules) (err error) {
 			err = notUndone(err, t.Netns.removePassthrough())
 		}
 	}()
-	return d.program(r, old, t.Netns, cgroup, t.Running)
+	return d.program(r, old, t.Netns, cgroup, t.Running, false)
 }
 
 // program makes the pod what its record says. before is the record by which the
-// pod is programmed so far, nil for none.
-func (d *Datapath) program(r, before *Record, n *Netns, cgroup fd, running bool) error {
+// pod is programmed so far, nil for none; back says that r's was there before that.
+func (d *Datapath) program(r, before *Record, n *Netns, cgroup fd, running, back bool) error {
 	if r.TProxy != nil && r.isTProxy() {
 		if err := n.tproxy(r.TProxy).Prepare(r.TProxy.Sysctls); err != nil {
 			return err
@@ -156,13 +156,15 @@ func (d *Datapath) program(r, before *Record, n *Netns, cgroup fd, running bool)
 	if err := d.writeRules(r); err != nil {
 		return err
 	}
-	if err := d.look(n); err != nil {
-		return err
-	}
 	if before != nil {
 		if err := d.removeRules(r.Cookie, stale(&before.Rules, &r.Rules)); err != nil {
 			return err
 		}
+	}
+	// What was served before is served again, as it is after any change to a pod
+	// that runs: where the way is not certain, nothing is excluded.
+	if err := d.look(n); err != nil && !(back && errors.Is(err, ErrInterfaces)) {
+		return err
 	}
 	if err := d.linkCgroup(r, cgroup); err != nil {
 		return err
@@ -208,7 +210,7 @@ func (d *Datapath) takeBack(err error, old, r *Record, n *Netns, cgroup fd) erro
 	}
 	undo := d.writeRecord(&back)
 	if undo == nil {
-		undo = d.program(&back, r, n, cgroup, false)
+		undo = d.program(&back, r, n, cgroup, false, true)
 	}
 	return notUndone(err, undo)
 }

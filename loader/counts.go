@@ -41,7 +41,7 @@ var places = map[bpf.ShuntPlace]struct{ program, name, text string }{
 	bpf.ShuntPlacePLACE_SENDMSG_STORAGE:   {"sendmsg", "storage", "socket storage could not be had: the question to a resolver is not sent"},
 	bpf.ShuntPlacePLACE_SENDMSG_NO_WAY:    {"sendmsg", "no-way", "the pod has no address of the resolver's family, or the socket is bound to an interface: the question is not sent"},
 	bpf.ShuntPlacePLACE_CONNECT_TPROXY:    {"connect", "tproxy", "the proxy's connection from a client's address could not be kept in the pod: connect denied"},
-	bpf.ShuntPlacePLACE_INTERFACES:        {"connect", "interfaces", "an interface is excluded, and the pod's interfaces are not those that it was set up with (ENOTUNIQ: another is up; ENODEV: one has gone, or has another name): redirected as if none were; to have it right, start the pod anew, or run shunt apply"},
+	bpf.ShuntPlacePLACE_INTERFACES:        {"connect", "interfaces", "an interface is excluded, and the pod's interfaces are not those that it was set up with (ENOTUNIQ: another is up; ENODEV: one has gone, or has another name): redirected as if none were; to have it right, start the pod anew, or run shunt apply; E2BIG: the pod's interfaces or addresses have become more than the programs look at (16), and what goes to its own addresses is redirected too"},
 	bpf.ShuntPlacePLACE_TC_UNREADABLE:     {"tc", "unreadable", "a packet that may hide a TCP header came in: dropped"},
 	bpf.ShuntPlacePLACE_TC_FRAGMENT:       {"tc", "fragment", "the first segment of a connection came in fragments: dropped"},
 	bpf.ShuntPlacePLACE_TC_OWNER:          {"tc", "owner", "the connection that a SYN hits could not be given it: dropped"},

@@ -56,7 +56,8 @@ func (n *Netns) Interfaces() (out []Interface, err error) {
 }
 
 // look has the programs know where the kernel keeps the pod's interfaces and
-// addresses, and makes sure that they find there what an exclusion goes by.
+// addresses, compare those with the rules', and makes sure that they find there
+// what an exclusion goes by.
 func (d *Datapath) look(n *Netns) error {
 	prog, err := d.object(bpf.ShuntProgShuntLook)
 	if err != nil {

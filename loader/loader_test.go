@@ -380,6 +380,81 @@ func TestPrivilegedFailedChangeKeepsWhatWas(t *testing.T) {
 	nothingLeft(t, opts)
 }
 
+// So it is where the interface that is excluded is not the only one any more.
+func TestPrivilegedFailedChangeOfExcluded(t *testing.T) {
+	testbed.Privileged(t)
+	testbed.NoLeaks(t)
+	opts, p := node(t), testbed.NewPod(t)
+	rules := testRules(p)
+	rules.Flags |= bpf.ShuntPodFlagPOD_EXCLUDE_IF
+	rules.Interface = "eth0"
+	mustAttach(t, opts, p, rules)
+	p.AddInterface(t, "net1", []string{"10.247.1.1"}, nil)
+	changed := rules
+	changed.UID = 4321
+	if err := attach(t.Context(), opts, p, changed); !errors.Is(err, ErrInterfaces) || errors.Is(err, ErrNotUndone) {
+		t.Errorf("attach: %v, want %v", err, ErrInterfaces)
+	}
+	if err := Check(t.Context(), opts, podID(p)); err != nil {
+		t.Error(err)
+	}
+	mustRemove(t, opts, p)
+	nothingLeft(t, opts)
+}
+
+// Rules that say other addresses than the pod has are known to, whenever it got them.
+func TestPrivilegedOwnAddressesCompared(t *testing.T) {
+	testbed.Privileged(t)
+	testbed.NoLeaks(t)
+	opts, p := node(t), testbed.NewPod(t)
+	of := func() Rules {
+		n, err := OpenNetns(p.NetnsPath())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer n.Close()
+		rules := testRules(p)
+		rules.Dests = nil
+		for _, a := range n.Addrs {
+			if a != passthrough6.Addr() {
+				rules.Dests = append(rules.Dests, Dest{Prefix: netip.PrefixFrom(a, a.BitLen()), Flags: bpf.ShuntDestFlagDEST_LOCAL})
+			}
+		}
+		return rules
+	}
+	expect := func(when string, rules Rules, known bool) {
+		t.Helper()
+		mustAttach(t, opts, p, rules)
+		d, err := Open(t.Context(), opts)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer d.Close()
+		states, err := d.object(bpf.ShuntMapStates)
+		if err != nil {
+			t.Fatal(err)
+		}
+		cookie := p.NetnsCookie(t)
+		var s bpf.ShuntPodState
+		if err := lookup(states, &cookie, &s); err != nil {
+			t.Fatal(err)
+		}
+		if (s.Generation == s.Compared) != known {
+			t.Errorf("%s: the rules have the pod's addresses: %v", when, !known)
+		}
+	}
+	before := of()
+	expect("as they are", before, true)
+	p.AddAddrs(t, "eth0", "10.246.1.1", "fd12::1")
+	expect("one more than the rules have", before, false)
+	expect("as they are again", of(), true)
+	more := of()
+	more.Dests = append(more.Dests, Dest{Prefix: netip.MustParsePrefix("10.246.1.2/32"), Flags: bpf.ShuntDestFlagDEST_LOCAL})
+	expect("one less than the rules have", more, false)
+	mustRemove(t, opts, p)
+	nothingLeft(t, opts)
+}
+
 // What a security module forbids today it may allow tomorrow: only what the
 // kernel can't do is conclusive.
 func TestPrivilegedClassify(t *testing.T) {

@@ -97,5 +97,19 @@ func (r *Rules) pod() bpf.ShuntPod {
 	}
 	p.Source4.W, p.Source6.W = words(r.Source4), words(r.Source6)
 	copy(p.Interface[:], r.Interface)
+	for _, d := range r.Dests {
+		if d.Flags&bpf.ShuntDestFlagDEST_LOCAL != 0 {
+			p.Own += addrHash(d.Prefix.Addr())
+		}
+	}
 	return p
+}
+
+// addrHash is the programs' hash of an address. They compare sets of addresses by the
+// sum over each.
+func addrHash(a netip.Addr) uint64 {
+	w := words(a)
+	h := (uint64(w[0])<<32 | uint64(w[1])) * 0x9e3779b97f4a7c15
+	h = ((h ^ h>>32) + (uint64(w[2])<<32 | uint64(w[3]))) * 0xbf58476d1ce4e5b9
+	return h ^ h>>32
 }

@@ -152,7 +152,14 @@ type pod struct {
 // 8080 and 8081.
 func (n *node) pod(t testing.TB, mutators []testbed.PodMutator, opts ...testbed.ProxyOption) *pod {
 	t.Helper()
+	return n.podBy(t, func(*testbed.Pod) {}, mutators, opts...)
+}
+
+// podBy is pod, with something done to it before it is programmed.
+func (n *node) podBy(t testing.TB, before func(*testbed.Pod), mutators []testbed.PodMutator, opts ...testbed.ProxyOption) *pod {
+	t.Helper()
 	p := &pod{Pod: testbed.NewPod(t, testbed.InWorld(n.world))}
+	before(p.Pod)
 	policy := n.policy(t, p.Pod, mutators...)
 	n.apply(t, p.Pod, policy)
 	proxy := p.StartProxy(t, testbed.ProxyUID, testbed.ProxyGID, opts...)

@@ -12,6 +12,7 @@ import (
 	"net/netip"
 	"slices"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/vishvananda/netlink"
@@ -123,6 +124,148 @@ func TestPrivilegedLater(t *testing.T) {
 				l.expect(t, "gone", map[[2]string]string{{app, dst}: "out"})
 			}
 			l.expect(t, "after", map[[2]string]string{{app, at(l.Addr4(), 8080).String()}: "app", {proxy, at(l.Addr6(), 8080).String()}: "in"})
+		})
+	}
+}
+
+// slowDAD has a pod's eth0 ask whether others have its addresses, and wait for a
+// while before it takes silence for a no.
+func (l *later) slowDAD(t *testing.T, wait time.Duration) {
+	t.Helper()
+	l.Sysctl(t, "net.ipv6.conf.eth0.accept_dad", "1")
+	l.Sysctl(t, "net.ipv6.conf.eth0.dad_transmits", "1")
+	l.Sysctl(t, "net.ipv6.neigh.eth0.retrans_time_ms", fmt.Sprint(wait.Milliseconds()))
+}
+
+// addTentative puts an address on eth0, which the world has too if it is to be a
+// duplicate. flags are the kernel's of it.
+func (l *later) addTentative(t *testing.T, address string, duplicate bool) (flags func() int) {
+	t.Helper()
+	ip := netip.MustParseAddr(address)
+	a := &netlink.Addr{IPNet: &net.IPNet{IP: ip.AsSlice(), Mask: net.CIDRMask(128, 128)}, Flags: unix.IFA_F_NOPREFIXROUTE}
+	eth0, err := l.Netlink().LinkByName("eth0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if duplicate {
+		outer, err := l.World.Netlink().LinkByIndex(eth0.Attrs().ParentIndex)
+		if err != nil {
+			t.Fatal(err)
+		}
+		b := *a
+		b.Flags = unix.IFA_F_NODAD
+		if err := l.World.Netlink().AddrAdd(outer, &b); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := l.Netlink().AddrAdd(eth0, a); err != nil {
+		t.Fatal(err)
+	}
+	return func() int {
+		list, err := l.Netlink().AddrList(eth0, netlink.FAMILY_V6)
+		if err != nil {
+			return unix.IFA_F_TENTATIVE // a dump may be interrupted; the next is not
+		}
+		i := slices.IndexFunc(list, func(a netlink.Addr) bool { return a.IP.Equal(ip.AsSlice()) })
+		if i < 0 {
+			t.Fatalf("%v is not on eth0", ip)
+		}
+		return list[i].Flags
+	}
+}
+
+// expectForeign tries connections to and from an address that the pod has only
+// tried to take: it is somebody else's.
+func (l *later) expectForeign(t *testing.T, when, address string) {
+	t.Helper()
+	ip := netip.MustParseAddr(address)
+	l.expect(t, when, map[[2]string]string{{app, at(ip, 80).String()}: "out"})
+	spec := testbed.ConnectSpec{Dst: at(l.Addr6(), 8080), Abort: true, SocketSpec: testbed.SocketSpec{Bind: at(ip, 0)}}
+	if got, want := outcome(l.who(world).Connect(t, spec)), "in: "+spec.Dst.String(); got != want {
+		t.Errorf("%s, %s: world from %v: %q, want %q", l.node.name, when, ip, got, want)
+	}
+}
+
+// TestPrivilegedLaterDuplicate: an address that another has is not the pod's own by
+// its trying to take it, neither after ADD nor before.
+func TestPrivilegedLaterDuplicate(t *testing.T) {
+	begin(t)
+	const dup = "fd15::99"
+	for _, n := range nodes(t, anyone) {
+		t.Run(n.name+"/after", func(t *testing.T) {
+			l := newLater(t, n, nil)
+			l.slowDAD(t, time.Second)
+			flags := l.addTentative(t, dup, true)
+			testbed.Eventually(t, "the end of DAD", func() bool { return flags()&unix.IFA_F_DADFAILED != 0 })
+			l.expectForeign(t, "its DAD has failed", dup)
+		})
+		t.Run(n.name+"/before", func(t *testing.T) {
+			l := &later{n, n.podBy(t, func(p *testbed.Pod) {
+				l := &later{n, &pod{Pod: p}}
+				l.slowDAD(t, time.Second)
+				flags := l.addTentative(t, dup, true)
+				testbed.Eventually(t, "the end of DAD", func() bool { return flags()&unix.IFA_F_DADFAILED != 0 })
+			}, includeAll)}
+			l.expectForeign(t, "its DAD had failed", dup)
+		})
+	}
+}
+
+// TestPrivilegedLaterDAD: an address whose DAD ends after ADD is the pod's own from
+// then on; and where that is all that changes, no list is asked any more.
+func TestPrivilegedLaterDAD(t *testing.T) {
+	begin(t)
+	for _, n := range nodes(t, anyone) {
+		t.Run(n.name, func(t *testing.T) {
+			var flags func() int
+			l := &later{n, n.podBy(t, func(p *testbed.Pod) {
+				l := &later{n, &pod{Pod: p}}
+				l.slowDAD(t, 2*time.Second)
+				flags = l.addTentative(t, later6, false)
+			}, includeAll)}
+			known := func(when string, want bool) {
+				t.Helper()
+				if n.bpfDir == "" {
+					return
+				}
+				if s := n.state(t, l.Pod); (s.Generation == s.Compared) != want {
+					t.Errorf("%s, %s: dests are the pod's addresses: %v", n.name, when, !want)
+				}
+			}
+			l.expect(t, "at ADD", map[[2]string]string{{app, at(l.Addr6(), 8080).String()}: "app"})
+			if flags()&unix.IFA_F_TENTATIVE != 0 {
+				known("at ADD", false)
+			}
+			testbed.Eventually(t, "the end of DAD", func() bool { return flags()&unix.IFA_F_TENTATIVE == 0 })
+			own := at(netip.MustParseAddr(later6), 8080).String()
+			l.expect(t, "after DAD", map[[2]string]string{{app, own}: "app", {proxy, own}: "in"})
+			known("after DAD", true)
+
+			l.AddAddrs(t, "eth0", later4)
+			l.expect(t, "another address", map[[2]string]string{{app, later4 + ":8080"}: "app"})
+			known("another address", false)
+		})
+	}
+}
+
+// TestPrivilegedLaterBound: the proxy's connection to an address that came later,
+// from a socket that is bound to a port and no address, is told where it went.
+func TestPrivilegedLaterBound(t *testing.T) {
+	begin(t)
+	for _, n := range nodes(t, anyone) {
+		t.Run(n.name, func(t *testing.T) {
+			l := newLater(t, n, nil)
+			l.AddAddrs(t, "eth0", later4, later6)
+			for port, a := range map[uint16]netip.Addr{20001: l.Addr4(), 20002: netip.MustParseAddr(later4), 20003: netip.MustParseAddr(later6)} {
+				bind := netip.IPv4Unspecified()
+				if a.Is6() {
+					bind = netip.IPv6Unspecified()
+				}
+				spec := testbed.ConnectSpec{Dst: at(a, 9999), Abort: true, SocketSpec: testbed.SocketSpec{Bind: at(bind, port)}}
+				if got, want := outcome(l.who(proxy).Connect(t, spec)), "in: "+spec.Dst.String(); got != want {
+					t.Errorf("%s: %q, want %q", n.name, got, want)
+				}
+			}
 		})
 	}
 }

@@ -85,6 +85,7 @@ struct in_device {
 
 struct inet6_ifaddr {
 	struct in6_addr addr;
+	__u32 flags;
 	struct list_head if_list;
 };
 

@@ -242,6 +242,13 @@ func (p *Pod) AddAddrs(t testing.TB, name string, addrs ...string) {
 		}
 	}
 	awaitAddresses(t, p.namespace, inner)
+	// The kernel makes the way to an IPv6 address a moment after the address.
+	for _, a := range prefixes(addrs) {
+		Eventually(t, "the way to "+a.Addr().String(), func() bool {
+			routes, err := p.nl.RouteGet(a.Addr().AsSlice())
+			return err == nil && len(routes) == 1 && routes[0].Type == unix.RTN_LOCAL
+		})
+	}
 }
 
 // nextPod numbers the pods of a world, from 10.
