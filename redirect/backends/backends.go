@@ -52,7 +52,9 @@ type Backends struct {
 	yield func(ctx context.Context, a redirect.Attachment, running bool) error
 	// takeOver is Apply of iptables, for a pod that eBPF redirects so far.
 	takeOver func(ctx context.Context, t redirect.Target, p *redirect.Policy) error
-	foreign  func(ctx context.Context, netns string) ([]string, error)
+	// restore mends what iptables has made, where eBPF has failed to take over.
+	restore func(ctx context.Context, a redirect.Attachment) error
+	foreign func(ctx context.Context, netns string) ([]string, error)
 	// What Status asks.
 	node  loader.Options
 	rules *iptables.Backend
@@ -73,6 +75,7 @@ func New(opts Options) *Backends {
 		iptables: ipt,
 		yield:    ipt.Yield,
 		takeOver: ipt.TakeOver,
+		restore:  ipt.Restore,
 		foreign:  ipt.Foreign,
 		node:     node,
 		rules:    ipt,
@@ -98,7 +101,11 @@ func (b *Backends) Apply(ctx context.Context, t redirect.Target, p *redirect.Pol
 		// What is left of it might meet with iptables' rules in ways that
 		// nobody has thought of.
 		if !c.Fallback || errors.Is(err, loader.ErrNotUndone) || ctx.Err() != nil {
-			return c, fmt.Errorf("datapath ebpf: %w", err)
+			err = fmt.Errorf("datapath ebpf: %w", err)
+			if b.iptables.Knows(t.Attachment) {
+				err = errors.Join(err, b.restore(ctx, t.Attachment))
+			}
+			return c, err
 		}
 		reason := ebpf.Reason(err)
 		b.log.Warn("eBPF can't redirect the pod: iptables takes over", "reason", reason.Name, "error", err)

@@ -45,6 +45,8 @@ func (f *fake) TakeOver(context.Context, redirect.Target, *redirect.Policy) erro
 	return f.do("take over")
 }
 
+func (f *fake) Restore(context.Context, redirect.Attachment) error { return f.do("restore") }
+
 func (f *fake) Ready(context.Context) error { return f.do("ready") }
 
 func (f *fake) Knows(redirect.Attachment) bool { return f.knows }
@@ -66,7 +68,7 @@ func both(fails map[string]error) (b *Backends, diary *[]string, log *bytes.Buff
 		return f
 	}
 	ipt := of("iptables")
-	return &Backends{ebpf: of("ebpf"), iptables: ipt, yield: ipt.Yield, takeOver: ipt.TakeOver, log: slog.New(slog.NewTextHandler(log, nil))}, diary, log
+	return &Backends{ebpf: of("ebpf"), iptables: ipt, yield: ipt.Yield, takeOver: ipt.TakeOver, restore: ipt.Restore, log: slog.New(slog.NewTextHandler(log, nil))}, diary, log
 }
 
 func TestApply(t *testing.T) {
@@ -97,10 +99,10 @@ func TestApply(t *testing.T) {
 			name: "for whatever reason", choice: auto, fails: map[string]error{"ebpf apply": other}, want: tookOver(redirect.ReasonFailed, other),
 			did: []string{"ebpf apply", "iptables take over", "ebpf remove"},
 		},
-		{name: "eBPF is asked for", choice: ebpf, fails: map[string]error{"ebpf apply": refused}, did: []string{"ebpf apply"}, errors: []string{"datapath ebpf: load: the kernel refuses"}},
+		{name: "eBPF is asked for", choice: ebpf, fails: map[string]error{"ebpf apply": refused}, did: []string{"ebpf apply", "iptables restore"}, errors: []string{"datapath ebpf: load: the kernel refuses"}},
 		{
 			name: "eBPF is not undone", choice: auto, fails: map[string]error{"ebpf apply": fmt.Errorf("%w; %w", other, loader.ErrNotUndone)},
-			did: []string{"ebpf apply"}, errors: []string{"EIO; not undone"},
+			did: []string{"ebpf apply", "iptables restore"}, errors: []string{"EIO; not undone"},
 		},
 		{
 			name: "neither", choice: auto, fails: map[string]error{"ebpf apply": refused, "iptables take over": other},
@@ -162,7 +164,7 @@ func TestApply(t *testing.T) {
 		b, did, _ := both(map[string]error{"ebpf apply": context.Canceled})
 		ctx, cancel := context.WithCancel(t.Context())
 		cancel()
-		if _, err := b.Apply(ctx, redirect.Target{}, nil, auto); err == nil || len(*did) != 1 {
+		if _, err := b.Apply(ctx, redirect.Target{}, nil, auto); err == nil || !slices.Equal(*did, []string{"ebpf apply", "iptables restore"}) {
 			t.Errorf("error %v, did %v", err, *did)
 		}
 	})

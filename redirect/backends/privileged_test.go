@@ -396,6 +396,28 @@ func testChangeFails(t *testing.T, p *testbed.Pod, mode string, first []redirect
 	}
 }
 
+// TestPrivilegedChangeBackFails: and so has one of iptables' that eBPF can't take
+// over.
+func TestPrivilegedChangeBackFails(t *testing.T) {
+	testbed.Privileged(t)
+	testbed.NoLeaks(t)
+	for _, mode := range []string{"REDIRECT", "TPROXY"} {
+		p := testbed.NewPod(t)
+		b, target, policy := node(t, p, testbed.Annotate("sidecar.istio.io/interceptionMode", mode))
+		if _, err := b.Apply(t.Context(), target, policy, chosen(redirect.Iptables)); err != nil {
+			t.Fatal(err)
+		}
+		proxy := p.Actor(t, "proxy", testbed.ProxyUID, testbed.ProxyGID)
+		proxy.Listen(t, testbed.ListenSpec{Name: "in", Addr: in(netip.IPv6Unspecified()), MPTCP: true})
+		if _, err := b.Apply(t.Context(), target, policy, chosen(redirect.EBPF)); !errors.Is(err, loader.ErrListener) {
+			t.Fatalf("%s: %v, want %v", mode, err, loader.ErrListener)
+		}
+		if err := b.Check(t.Context(), target); err != nil {
+			t.Errorf("%s: %v", mode, err)
+		}
+	}
+}
+
 // TestPrivilegedOpenListeners: listeners of a proxy that was there before eBPF
 // are registered, each kind and each worker, and are followed when they close;
 // what can't be registered is said.

@@ -208,7 +208,7 @@ func TestPrivilegedStatus(t *testing.T) {
 		hooks  int
 	}{
 		{"sk_lookup", chosen(redirect.EBPF), 8},
-		{"tc", redirect.Choice{Datapath: redirect.EBPF, Hook: redirect.HookTC}, 7},
+		{"tc", redirect.Choice{Datapath: redirect.EBPF, Hook: redirect.HookTC}, 9},
 		{"iptables", chosen(redirect.Iptables), 4},
 	} {
 		t.Run(tc.name, func(t *testing.T) {

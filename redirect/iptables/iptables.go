@@ -194,6 +194,35 @@ func (b *Backend) apply(ctx context.Context, t redirect.Target, p *redirect.Poli
 	return b.writeRecord(r)
 }
 
+// Restore makes again what Apply has made besides rules, where that is in force:
+// another backend that failed to take over has undone what it shares with this one.
+// The caller's time may be up: it has a time of its own.
+func (b *Backend) Restore(ctx context.Context, a redirect.Attachment) error {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), b.opts.Timeout)
+	defer cancel()
+	unlock, err := b.lock(ctx, a)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	r, err := readRecord(b.recordPath(a))
+	if err != nil || r == nil || r.Kept || !r.Done {
+		return err
+	}
+	n, err := r.open()
+	switch {
+	case errors.Is(err, fs.ErrNotExist), errors.Is(err, errNotNamespace):
+		return nil
+	case err != nil:
+		return err
+	}
+	defer n.close()
+	if !r.of(n) {
+		return nil
+	}
+	return n.prepare(r)
+}
+
 // program makes the rules of a family so.
 func (b *Backend) program(ctx context.Context, n *namespace, t *tools, f Family, want []table, text string, traces bool) error {
 	if traces {
