@@ -64,35 +64,44 @@ static __always_inline bool is_settled(const struct inet6_ifaddr *ifa6)
 	return !(flags & (IFA_F_TENTATIVE | IFA_F_DADFAILED)) || (flags & IFA_F_OPTIMISTIC);
 }
 
-// holds reports whether an interface has an address.
-__noinline int holds(__u64 interface, const struct addr *a, struct ways *w)
+// holds4 reports whether an interface has an IPv4 address. It and holds6 are two,
+// because the kernel counts the stack of the deepest call.
+__noinline int holds4(__u64 interface, __be32 a, struct ways *w)
+{
+	struct net_device *dev = (struct net_device *)interface;
+	struct in_ifaddr *ifa = 0;
+	struct in_device *in = 0;
+	struct addr has;
+
+	if (!dev || !w)
+		return false;
+	if (!bpf_core_field_exists(dev->ip_ptr) || !bpf_core_field_exists(in->ifa_list) ||
+	    !bpf_core_field_exists(ifa->ifa_local) || !bpf_core_field_exists(ifa->ifa_next))
+		return -ENOSYS;
+	in = BPF_CORE_READ(dev, ip_ptr);
+	ifa = in ? BPF_CORE_READ(in, ifa_list) : 0;
+	for (int i = 0; i < ADDRESSES && ifa; i++) {
+		has = mapped(BPF_CORE_READ(ifa, ifa_local));
+		if (has.w[3] == a)
+			return true;
+		if (!is_loopback(&has))
+			w->sum += hash(&has);
+		ifa = BPF_CORE_READ(ifa, ifa_next);
+	}
+	return ifa ? -E2BIG : false;
+}
+
+// holds6 reports whether it has an IPv6 address.
+__noinline int holds6(__u64 interface, const struct addr *a, struct ways *w)
 {
 	struct net_device *dev = (struct net_device *)interface;
 	struct inet6_ifaddr *ifa6 = 0;
 	struct list_head *head, *at;
 	struct inet6_dev *in6 = 0;
-	struct in_ifaddr *ifa = 0;
-	struct in_device *in = 0;
 	struct addr has;
 
 	if (!dev || !a || !w)
 		return false;
-	if (is_mapped(a)) {
-		if (!bpf_core_field_exists(dev->ip_ptr) || !bpf_core_field_exists(in->ifa_list) ||
-		    !bpf_core_field_exists(ifa->ifa_local) || !bpf_core_field_exists(ifa->ifa_next))
-			return -ENOSYS;
-		in = BPF_CORE_READ(dev, ip_ptr);
-		ifa = in ? BPF_CORE_READ(in, ifa_list) : 0;
-		for (int i = 0; i < ADDRESSES && ifa; i++) {
-			has = mapped(BPF_CORE_READ(ifa, ifa_local));
-			if (same(&has, a))
-				return true;
-			if (!is_loopback(&has))
-				w->sum += hash(&has);
-			ifa = BPF_CORE_READ(ifa, ifa_next);
-		}
-		return ifa ? -E2BIG : false;
-	}
 	if (!bpf_core_field_exists(dev->ip6_ptr) || !bpf_core_field_exists(in6->addr_list) ||
 	    !bpf_core_field_exists(ifa6->addr) || !bpf_core_field_exists(ifa6->flags) || !bpf_core_field_exists(ifa6->if_list))
 		return -ENOSYS;
@@ -104,13 +113,13 @@ __noinline int holds(__u64 interface, const struct addr *a, struct ways *w)
 	for (int i = 0; i < ADDRESSES && at != head; i++) {
 		ifa6 = (void *)at - bpf_core_field_offset(struct inet6_ifaddr, if_list);
 		bpf_probe_read_kernel(&has, sizeof(has), __builtin_preserve_access_index(&ifa6->addr));
+		if (is_settled(ifa6)) {
+			if (same(&has, a))
+				return true;
+			if (!is_loopback(&has))
+				w->sum += hash(&has);
+		}
 		at = BPF_CORE_READ(ifa6, if_list.next);
-		if (!is_settled(ifa6))
-			continue;
-		if (same(&has, a))
-			return true;
-		if (!is_loopback(&has))
-			w->sum += hash(&has);
 	}
 	return at == head ? false : -E2BIG;
 }
@@ -148,7 +157,7 @@ __noinline int find_ways(__u64 cookie, __u64 address, const struct pod *pod, con
 		} else {
 			w->others++;
 		}
-		has = holds((__u64)dev, a, w);
+		has = is_mapped(a) ? holds4((__u64)dev, a->w[3], w) : holds6((__u64)dev, a, w);
 		if (has < 0)
 			return has;
 		if (has)
@@ -248,14 +257,15 @@ __noinline int owns(__u64 cookie, const struct addr *a)
 	if (is_loopback(a))
 		return true;
 	c = bpf_map_lookup_elem(&states, &cookie);
-	pod = bpf_map_lookup_elem(&pods, &cookie);
-	if (!c || !pod || is_known(c))
-		return is_local(cookie, a);
-	err = find_ways(cookie, c->net, pod, a, &w);
-	if (is_whole(err))
-		return w.holder != 0;
-	failed(cookie, PLACE_INTERFACES, err);
-	return err == -E2BIG ? err : is_local(cookie, a);
+	pod = c && !is_known(c) ? bpf_map_lookup_elem(&pods, &cookie) : 0;
+	if (c && pod) {
+		err = find_ways(cookie, c->net, pod, a, &w);
+		if (is_whole(err))
+			return w.holder != 0;
+		if (err == -E2BIG)
+			return err;
+	}
+	return is_local(cookie, a);
 }
 
 // is_own is owns, where what was the pod's own at ADD still is, unless it is known
@@ -271,9 +281,14 @@ static __always_inline bool is_own(__u64 cookie, const struct addr *a)
 // let past the proxy.
 static __always_inline void renew(__u64 cookie, struct flow *f)
 {
+	int own;
+
 	if (is_loopback(&f->dst))
 		return;
-	if (owns(cookie, &f->dst) > 0)
+	own = owns(cookie, &f->dst);
+	if (own < 0)
+		failed(cookie, PLACE_INTERFACES, own);
+	if (own > 0)
 		f->dest |= DEST_LOCAL;
 	else
 		f->dest &= ~DEST_LOCAL;

@@ -4,7 +4,7 @@
 package bpf
 
 // Digest is the SHA-256 of the compiled object.
-const Digest = "005e91fa1ff2c4941d79013f94a65320792d1aa495b1f59f0a151d18928ed192"
+const Digest = "865fb7671987b0940e21c0468362ac47f7a74c380085da463d10611ca1b412ab"
 
 // stampCode is the program's instructions, with map descriptors of zero.
 const stampCode = "" +
