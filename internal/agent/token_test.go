@@ -39,13 +39,13 @@ type tokenBed struct {
 	*testing.T
 	dir, source string
 	log         bytes.Buffer
-	asked       int
 	life        time.Duration
 	uid         string
-	last        string // that was given
 
-	mu   sync.Mutex
-	fail error
+	mu      sync.Mutex
+	fail    error
+	minted  int    // how often it was asked
+	granted string // the last that was given
 }
 
 func newTokenBed(t *testing.T) *tokenBed {
@@ -62,14 +62,14 @@ func (b *tokenBed) keeper() *tokenKeeper {
 		if _, ok := ctx.Deadline(); !ok {
 			b.Error("asked without a deadline")
 		}
-		b.asked++
 		b.mu.Lock()
 		defer b.mu.Unlock()
+		b.minted++
 		if b.fail != nil {
 			return "", time.Time{}, b.fail
 		}
-		b.last = jwt(fmt.Sprint(b.asked), b.uid, "", b.life)
-		return b.last, time.Now().Add(b.life), nil
+		b.granted = jwt(fmt.Sprint(b.minted), b.uid, "", b.life)
+		return b.granted, time.Now().Add(b.life), nil
 	}
 	return k
 }
@@ -91,6 +91,18 @@ func (b *tokenBed) start() (end func()) {
 	}
 }
 
+func (b *tokenBed) asked() int {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.minted
+}
+
+func (b *tokenBed) last() string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.granted
+}
+
 func (b *tokenBed) setFail(err error) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -106,8 +118,8 @@ func (b *tokenBed) expect(when, token string, asked int) {
 	b.Helper()
 	path := install.TokenPath(b.dir)
 	data, err := os.ReadFile(path)
-	if err != nil || string(data) != token || b.asked != asked {
-		b.Errorf("%s: %q, %v, asked for %d times; want %q, %d", when, data, err, b.asked, token, asked)
+	if err != nil || string(data) != token || b.asked() != asked {
+		b.Errorf("%s: %q, %v, asked for %d times; want %q, %d", when, data, err, b.asked(), token, asked)
 	}
 	if st, err := os.Stat(path); err != nil || st.Mode() != 0o600 {
 		b.Errorf("%s: %v, %v", when, st, err)
@@ -131,7 +143,7 @@ func TestToken(t *testing.T) {
 		}
 		b.expect("before the API server was asked", pods, 0)
 		end := b.start()
-		first := b.last
+		first := b.last()
 		b.expect("at the start", first, 1)
 		b.pass(29 * time.Minute)
 		b.expect("before half of it", first, 1)
@@ -140,22 +152,22 @@ func TestToken(t *testing.T) {
 		end = b.start()
 		b.expect("after a restart", first, 1)
 		b.pass(8 * time.Minute) // half and a tenth, and what a look takes
-		second := b.last
+		second := b.last()
 		b.expect("after half of it", second, 2)
 
 		b.setFail(forbidden())
 		b.pass(50 * time.Minute)
-		asked := b.asked
+		asked := b.asked()
 		b.expect("while it can't be renewed", second, asked)
 		if asked < 5 || asked > 20 {
 			t.Errorf("asked %d times", asked-2)
 		}
 		b.pass(10 * time.Minute)
-		b.expect("when it is over", pods, b.asked)
+		b.expect("when it is over", pods, b.asked())
 		b.pass(maxTokenPause * 3 / 2)
 		b.setFail(nil)
 		b.pass(maxTokenPause * 3 / 2)
-		b.expect("when it is allowed again", b.last, b.asked)
+		b.expect("when it is allowed again", b.last(), b.asked())
 		end()
 		for what, n := range map[string]int{"can't be renewed yet": 1, "has the token of the agent's pod": 1, "does not end with this pod": 3, "level=ERROR": 0} {
 			if got := strings.Count(b.log.String(), what); got != n {
@@ -197,14 +209,14 @@ func TestTokenRefused(t *testing.T) {
 				first := pods("first")
 				write(t, b.source, first)
 				defer b.start()()
-				b.expect("at first", first, b.asked)
+				b.expect("at first", first, b.asked())
 				b.pass(time.Hour)
 				second := pods("second")
 				write(t, b.source, second)
 				b.pass(tokenInterval)
-				b.expect("when the kubelet has replaced it", second, b.asked)
-				if (b.asked == 0) != tc.never || b.asked > 25 {
-					t.Errorf("asked for %d times in an hour", b.asked)
+				b.expect("when the kubelet has replaced it", second, b.asked())
+				if (b.asked() == 0) != tc.never || b.asked() > 25 {
+					t.Errorf("asked for %d times in an hour", b.asked())
 				}
 				if got := b.log.String(); strings.Count(got, "\n") != 1 || !strings.Contains(got, tc.log) {
 					t.Errorf("the log is not one line with %q:\n%s", tc.log, got)
@@ -267,13 +279,13 @@ func TestTokenMissing(t *testing.T) {
 		write(t, install.TokenPath(b.dir), jwt("x", "u", "", time.Hour))
 		defer b.start()()
 		b.pass(40 * time.Minute)
-		b.expect("after half of its life", b.last, 1)
+		b.expect("after half of its life", b.last(), 1)
 		// Whoever removes it has it made anew.
 		if err := os.Remove(install.TokenPath(b.dir)); err != nil {
 			t.Fatal(err)
 		}
 		write(t, b.source, jwt("pod", "u", "a", time.Hour))
 		b.pass(tokenInterval)
-		b.expect("when it was removed", b.last, 2)
+		b.expect("when it was removed", b.last(), 2)
 	})
 }
