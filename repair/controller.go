@@ -38,6 +38,8 @@ type Options struct {
 	Client kubernetes.Interface
 	Log    *slog.Logger
 
+	// list, if there is one, gets the pods that a sweep has found lost.
+	list func([]redirect.PodRef) error
 	pace
 }
 
@@ -398,8 +400,28 @@ func (c *controller) sweep(ctx context.Context) {
 			}
 		}
 	}
+	c.tellStatus()
 	if err := c.heal.tidy(ctx); err != nil && ctx.Err() == nil {
 		c.Log.Warn("what was programmed for pods that are gone could not be removed; it is tried again", "error", err)
+	}
+}
+
+// tellStatus lists the pods that nothing is programmed for where `shunt status`
+// finds them.
+func (c *controller) tellStatus() {
+	if c.list == nil {
+		return
+	}
+	lost := []redirect.PodRef{}
+	c.mu.Lock()
+	for _, pod := range c.pods.Pods() {
+		if c.found[pod.UID] == stateLost {
+			lost = append(lost, redirect.PodRef{Namespace: pod.Namespace, Name: pod.Name, UID: string(pod.UID)})
+		}
+	}
+	c.mu.Unlock()
+	if err := c.list(lost); err != nil {
+		c.Log.Warn("shunt status can't be told of pods that are not redirected", "error", err)
 	}
 }
 

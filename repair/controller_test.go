@@ -622,7 +622,17 @@ func TestSweep(t *testing.T) {
 					}
 				}),
 				up("others", func(p *corev1.Pod) { p.Spec.NodeName = "node-2" }))
-			w := open(t, kube, n, mode(mends, true, true), func(o *Options) { o.sweepEvery = 5 * time.Millisecond })
+			var mu sync.Mutex
+			var listed []redirect.PodRef
+			w := open(t, kube, n, mode(mends, true, true), func(o *Options) {
+				o.sweepEvery = 5 * time.Millisecond
+				o.list = func(pods []redirect.PodRef) error {
+					mu.Lock()
+					defer mu.Unlock()
+					listed = pods
+					return nil
+				}
+			})
 			want := 0
 			if mends {
 				want = 1
@@ -649,6 +659,16 @@ func TestSweep(t *testing.T) {
 			if mended != 2*want {
 				t.Errorf("mended %v", n.mended)
 			}
+			// What is mended is off the list by the next sweep.
+			list := []redirect.PodRef{{Namespace: "shop", Name: "lost", UID: "uid-lost"}}
+			if mends {
+				list = []redirect.PodRef{}
+			}
+			eventually(t, "the list for status", func() bool {
+				mu.Lock()
+				defer mu.Unlock()
+				return slices.Equal(listed, list)
+			})
 			lost := []string{"RedirectionLost"}
 			if mends {
 				lost = append(lost, "RedirectionRepaired")

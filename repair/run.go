@@ -27,7 +27,9 @@ import (
 	"k8s.io/client-go/tools/clientcmd"
 	"k8s.io/klog/v2"
 
+	"shunt.dev/shunt/internal/found"
 	"shunt.dev/shunt/internal/netconf"
+	"shunt.dev/shunt/redirect"
 	"shunt.dev/shunt/redirect/backends"
 	"shunt.dev/shunt/redirect/iptables"
 )
@@ -156,6 +158,9 @@ func (c *config) serve(ctx context.Context) error {
 	registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	find := &finder{socket: c.socket, proc: c.proc, log: c.Log}
 	defer find.close()
+	if c.RepairPods { // without, the container has no run directory
+		c.list = func(pods []redirect.PodRef) error { return found.Write(conf.RunDir, pods) }
+	}
 	control := newController(c.Options, &mender{
 		conf: conf, log: c.Log, find: find,
 		node: backends.New(backends.Options{

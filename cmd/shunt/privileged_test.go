@@ -18,6 +18,7 @@ import (
 	"testing"
 	"time"
 
+	"shunt.dev/shunt/internal/found"
 	"shunt.dev/shunt/internal/testbed"
 	"shunt.dev/shunt/redirect"
 )
@@ -249,6 +250,16 @@ func TestPrivilegedStatus(t *testing.T) {
 			status(1, "pod "+name+" is not redirected here", "--pod", name)
 			status(2, `--pod "reviews": expected NAMESPACE/NAME`, "--pod", "reviews")
 
+			// Found by the repair controller, until it is redirected.
+			lost := []redirect.PodRef{{Namespace: p.Namespace, Name: p.Name, UID: p.UID}}
+			if err := errors.Join(os.MkdirAll(n.runDir, 0o700), found.Write(n.runDir, lost)); err != nil {
+				t.Fatal(err)
+			}
+			status(6, name+"\nproblem  not-redirected: ")
+			if s := decode(6, "--pod", name); s.AllWell || len(s.Pods) != 1 || s.Pods[0].Pod.UID != p.UID || s.Pods[0].Problems[0].Remedy == "" {
+				t.Errorf("a pod that is not redirected: %+v", s)
+			}
+
 			n.want(t, 0, "is redirected", "apply", "--netns", p.NetnsPath(), "--netconf", conf, "--pod", pod)
 			startProxy(t, p)
 			for range 3 {
@@ -256,6 +267,9 @@ func TestPrivilegedStatus(t *testing.T) {
 			}
 			status(0, name)
 			status(0, "nothing is wrong\n")
+			if err := found.Write(n.runDir, nil); err != nil { // by the next sweep
+				t.Fatal(err)
+			}
 			status(0, "nothing is wrong\n", "--pod", name)
 			status(1, "is not redirected here", "--pod", p.Namespace+"/another")
 			s := decode(0, "--pod", name)

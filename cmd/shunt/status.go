@@ -3,12 +3,15 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"strings"
 
 	"github.com/spf13/cobra"
 
+	"shunt.dev/shunt/internal/found"
 	"shunt.dev/shunt/internal/netconf"
 	"shunt.dev/shunt/loader"
 	"shunt.dev/shunt/redirect"
@@ -86,8 +89,9 @@ with what mends it. With --pod, all of one pod: the hooks that are attached, the
 listeners that are registered, the connections decided so far by each rule of the
 semantics, and what has failed in the kernel.
 
-It is asked of the kernel, not remembered, and nothing is changed. Pods that are not
-redirected are not listed: "shunt explain" says why. It needs root.
+It is asked of the kernel, not remembered, and nothing is changed. Pods that are not to be
+redirected are not listed: "shunt explain" says why. Those that are to be, and are not, the
+repair controller finds, and tells this command. It needs root.
 
 What is counted ends with the pod, or with "shunt remove". iptables counts since its
 rules were last changed.
@@ -118,6 +122,8 @@ Exit status: 0 all is well; 6 something is wrong, and is told; 1 it failed, or a
 		}
 		p := place{logLevel: "error"}
 		list, err := p.node(conf, cmd.ErrOrStderr()).Inspect(cmd.Context(), which)
+		lost, err2 := found.Read(conf.RunDir)
+		list, err = append(list, unredirected(lost, list, which)...), errors.Join(err, err2)
 		if err == nil && pod != "" && len(list) == 0 {
 			return fmt.Errorf("pod %s is not redirected here: it runs on another node, or it is left alone (`shunt explain --pod FILE` says why)", pod)
 		}
@@ -138,6 +144,22 @@ Exit status: 0 all is well; 6 something is wrong, and is told; 1 it failed, or a
 		}
 		return nil
 	})
+}
+
+// unredirected are the pods that the repair controller has found to have nothing
+// programmed, and that have nothing now.
+func unredirected(lost []redirect.PodRef, list []backends.Status, which func(redirect.PodRef) bool) (out []backends.Status) {
+	for _, pod := range lost {
+		there := slices.ContainsFunc(list, func(s backends.Status) bool { return s.Pod.Namespace == pod.Namespace && s.Pod.Name == pod.Name })
+		if there || !which(pod) {
+			continue
+		}
+		out = append(out, backends.Status{Pod: pod, Datapath: "none", Problems: []backends.Problem{{
+			Name: "not-redirected", Text: "the pod is to be redirected, and nothing is programmed for it: it runs around its proxy",
+			Remedy: "the repair controller mends it, see its log (container repair of the agent's pod); or delete the pod, and its successor is set up by the plugin",
+		}}})
+	}
+	return out
 }
 
 func newNodeStatus(list []backends.Status) *nodeStatus {
