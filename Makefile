@@ -39,7 +39,7 @@ lint     = $(GO) tool -modfile=tools/go.mod golangci-lint
 report   = $(GO) run ./internal/ci/testreport -allow .ci/allowed-skips $(if $(TALLY),-tally $(TALLY))
 # Privileged tests have a name that says so; see internal/testbed.
 # They share the machine's cgroup tree and its clock: one package at a time.
-privileged = -p 1 -run '$(or $(RUN),^TestPrivileged)' $(PKG)
+privileged = -p 1 -timeout 20m -run '$(or $(RUN),^TestPrivileged)' $(PKG)
 
 .PHONY: help
 help: ## list the targets
