@@ -82,7 +82,7 @@ func restore(p *testbed.Pod, program, input string) (took time.Duration, err err
 // tmpfs mounts one, which is what /run is everywhere.
 func tmpfs(b *testing.B) string {
 	dir := b.TempDir()
-	if err := unix.Mount("tmpfs", dir, "tmpfs", 0, "size=16m"); err != nil {
+	if err := unix.Mount("tmpfs", dir, "tmpfs", 0, "size=16m,mode=0700"); err != nil {
 		b.Fatalf("mount a tmpfs: %v", err)
 	}
 	b.Cleanup(func() {

@@ -350,7 +350,8 @@ func (d *demo) hooks() []string {
 }
 
 // leftovers lists the files of attachments. What is the node's stays: the
-// loaded datapath, the lock, the kubeconfig, and which iptables was found.
+// loaded datapath, the lock, the kubeconfig, which iptables was found, and the log
+// that waits for an agent.
 func (d *demo) leftovers() []string {
 	var left []string
 	for _, root := range []string{d.cni.BPFDir, d.cni.RunDir} {
@@ -362,7 +363,7 @@ func (d *demo) leftovers() []string {
 				return err
 			case e.IsDir() && strings.HasPrefix(e.Name(), "datapath-"):
 				return filepath.SkipDir
-			case e.IsDir() || path == d.cni.Kubeconfig || e.Name() == "lock" || e.Name() == "iptables-backend":
+			case e.IsDir() || path == d.cni.Kubeconfig || slices.Contains([]string{"lock", "iptables-backend", "log"}, e.Name()):
 				return nil
 			}
 			left = append(left, path)
