@@ -22,6 +22,7 @@ var passthrough6 = netip.MustParsePrefix("::6/128")
 
 // A Netns is a pod's network namespace, looked at once.
 type Netns struct {
+	own  fd // the namespace that we are from; -1: not opened yet
 	fd   fd
 	path string
 	rt   *rtnl
@@ -58,7 +59,7 @@ func OpenNetns(path string) (_ *Netns, err error) {
 	if err != nil {
 		return nil, fmt.Errorf("open network namespace: %w", &fs.PathError{Op: "open", Path: path, Err: err})
 	}
-	n := &Netns{fd: fd(f), path: path}
+	n := &Netns{fd: fd(f), own: -1, path: path}
 	defer func() {
 		if err != nil {
 			n.Close()
@@ -93,6 +94,9 @@ func (n *Netns) Close() {
 		n.rt.close()
 	}
 	n.fd.close()
+	if n.own >= 0 {
+		n.own.close()
+	}
 }
 
 // look opens a routing socket in the namespace, and asks it for the namespace's
@@ -118,21 +122,33 @@ func (n *Netns) look() error {
 	return nil
 }
 
-// do runs fn on a thread inside the namespace, unless that is our own.
-func (n *Netns) do(fn func() error) error {
-	runtime.LockOSThread()
+// openOwn opens the namespace to come back to, once, and refuses to leave it for
+// itself.
+func (n *Netns) openOwn() error {
+	if n.own >= 0 {
+		return nil
+	}
 	own, err := unix.Open("/proc/thread-self/ns/net", unix.O_RDONLY|unix.O_CLOEXEC, 0)
 	if err != nil {
-		runtime.UnlockOSThread()
 		return fmt.Errorf("open own network namespace: %w", err)
 	}
-	defer unix.Close(own)
 	var st unix.Stat_t
 	if err := unix.Fstat(own, &st); err != nil || uint32(st.Ino) == n.Inode {
-		runtime.UnlockOSThread()
+		unix.Close(own)
 		if err == nil {
 			err = ErrHostNetns
 		}
+		return err
+	}
+	n.own = fd(own)
+	return nil
+}
+
+// do runs fn on a thread inside the namespace, unless that is our own.
+func (n *Netns) do(fn func() error) error {
+	runtime.LockOSThread()
+	if err := n.openOwn(); err != nil {
+		runtime.UnlockOSThread()
 		return err
 	}
 	if err := unix.Setns(int(n.fd), unix.CLONE_NEWNET); err != nil {
@@ -142,7 +158,7 @@ func (n *Netns) do(fn func() error) error {
 	defer func() {
 		// A thread that can't come back is left locked: it dies with its
 		// goroutine rather than serve others from the wrong place.
-		if unix.Setns(own, unix.CLONE_NEWNET) == nil {
+		if unix.Setns(int(n.own), unix.CLONE_NEWNET) == nil {
 			runtime.UnlockOSThread()
 		}
 	}()

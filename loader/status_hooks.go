@@ -186,7 +186,7 @@ func (r *Record) peekNetns() (*Netns, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open network namespace: %w", &fs.PathError{Op: "open", Path: r.Netns, Err: err})
 	}
-	n := &Netns{fd: fd(f), path: r.Netns, Cookie: r.Cookie}
+	n := &Netns{fd: fd(f), own: -1, path: r.Netns, Cookie: r.Cookie}
 	var st unix.Stat_t
 	var vfs unix.Statfs_t
 	if err = errors.Join(unix.Fstat(f, &st), unix.Fstatfs(f, &vfs)); err != nil || vfs.Type != unix.NSFS_MAGIC || uint32(st.Ino) != r.NetnsIno {
