@@ -12,6 +12,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 )
@@ -80,9 +81,9 @@ func readGates(in io.Reader) ([]gate, error) {
 //
 //	BenchmarkX-2   200   774.0 ebpf-µs   10.3 iptables/ebpf
 //
-// The last of several measurements counts.
+// Of several measurements it is the median that counts.
 func readMetrics(in io.Reader) (map[metric]float64, error) {
-	measured := map[metric]float64{}
+	runs := map[metric][]float64{}
 	lines := bufio.NewScanner(in)
 	for lines.Scan() {
 		f := strings.Fields(lines.Text())
@@ -101,8 +102,15 @@ func readMetrics(in io.Reader) (map[metric]float64, error) {
 			if err != nil {
 				return nil, fmt.Errorf("benchmark line %q: %w", lines.Text(), err)
 			}
-			measured[metric{name, f[i+1]}] = value
+			m := metric{name, f[i+1]}
+			runs[m] = append(runs[m], value)
 		}
+	}
+	measured := map[metric]float64{}
+	for m, values := range runs {
+		slices.Sort(values)
+		n := len(values)
+		measured[m] = (values[(n-1)/2] + values[n/2]) / 2
 	}
 	return measured, lines.Err()
 }

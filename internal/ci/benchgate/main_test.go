@@ -11,6 +11,8 @@ import (
 func TestGates(t *testing.T) {
 	const output = `goos: linux
 BenchmarkKernel-2      200   774.0 ebpf-µs   7.998 iptables/ebpf
+BenchmarkKernel-2      200   700.0 ebpf-µs   12.00 iptables/ebpf
+BenchmarkKernel-2      200   780.0 ebpf-µs   7.000 iptables/ebpf
 BenchmarkAdd/one-pod   200   1.490 ADD/reference
 PASS
 `
