@@ -339,7 +339,7 @@ func TestAddChoice(t *testing.T) {
 func TestAddWithoutUID(t *testing.T) {
 	for _, hash := range []string{"", "0123456789abcdef0123456789abcdef"} {
 		b := newBed(t)
-		pod := meshed("kubernetes.io/config.hash", hash)
+		pod := meshed("kubernetes.io/config.hash", hash, "kubernetes.io/config.mirror", hash)
 		b.facts = func(*netconf.Config, *slog.Logger) factsSource {
 			return factsFunc(func(_ context.Context, _, _, uid string) (*redirect.Pod, error) {
 				if uid != "" {
@@ -509,6 +509,9 @@ func TestAddAPIServer(t *testing.T) {
 			if tc.always != nil {
 				s.FailAlways(*tc.always)
 				timeout = "500ms"
+				if tc.always.Body != nil {
+					timeout = "3s" // one answer at least has to come whole, by TLS and under -race
+				}
 			}
 			b := newBed(t)
 			b.facts = newFacts

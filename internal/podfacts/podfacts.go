@@ -167,8 +167,8 @@ func (f *Fetcher) ask(ctx context.Context, s *state, namespace, name, uid string
 		s.notBefore = time.Now().Add(later.after)
 	}
 	// A call that the bound cut short tells less than what the source said
-	// before.
-	if s.Last == nil || ctx.Err() == nil {
+	// before. A connection's own deadline may be noticed before the context's.
+	if end, _ := ctx.Deadline(); s.Last == nil || ctx.Err() == nil && time.Now().Before(end) {
 		s.Last = err
 	}
 	f.Log.Debug("pod facts not had", "source", s.Source, "try", s.Count, "permanent", s.gone, "error", err)
