@@ -376,7 +376,7 @@ func (d *Datapath) linkCgroup(r *Record, cgroup fd) error {
 			return err
 		}
 		ok := func(l *linkInfo) bool { id, at := l.cgroupTarget(); return id == r.CgroupID && at == h.attach }
-		if err := link(filepath.Join(dir, h.program), fresh, prog, cgroup, h.attach, ok); err != nil {
+		if err := link(dir+"/"+h.program, fresh, prog, cgroup, h.attach, ok); err != nil {
 			return err
 		}
 	}
@@ -503,7 +503,7 @@ func (d *Datapath) linkNetns(r *Record, netns fd) error {
 			return err
 		}
 		defer f.close()
-		path := filepath.Join(dir, l.name)
+		path := dir + "/" + l.name
 		if fresh {
 			err = f.pin(path)
 		} else {

@@ -37,10 +37,6 @@ type Options struct {
 	maxPrefixes uint32 // of the prefix maps, for tests of full ones
 }
 
-// lockTimeout bounds the wait for other shunt processes on the node. A pod
-// takes about a millisecond.
-const lockTimeout = 20 * time.Second
-
 const bpffsRoot = "/sys/fs/bpf"
 
 // A Datapath is the node's loaded programs and maps, and the right to change
@@ -55,12 +51,13 @@ type Datapath struct {
 // Open takes the node's lock and loads the datapath, unless it is loaded.
 func Open(ctx context.Context, opts Options) (_ *Datapath, err error) {
 	d := &Datapath{opts: opts, dir: filepath.Join(opts.BPFDir, "datapath-"+bpf.Digest[:16]), fds: map[string]fd{}}
-	if err := os.MkdirAll(opts.RunDir, 0o700); err != nil {
-		return nil, err
+	d.release, err = lock(ctx, opts.RunDir)
+	if errors.Is(err, fs.ErrNotExist) {
+		if err := os.MkdirAll(opts.RunDir, 0o700); err != nil {
+			return nil, err
+		}
+		d.release, err = lock(ctx, opts.RunDir)
 	}
-	ctx, cancel := context.WithTimeout(ctx, lockTimeout)
-	defer cancel()
-	d.release, err = lock(ctx, filepath.Join(opts.RunDir, "lock"))
 	if err != nil {
 		return nil, err
 	}
@@ -92,9 +89,7 @@ func Open(ctx context.Context, opts Options) (_ *Datapath, err error) {
 // openForRemoval is Open without the load: what is not there needs no removal.
 func openForRemoval(ctx context.Context, opts Options) (_ *Datapath, err error) {
 	d := &Datapath{opts: opts, fds: map[string]fd{}}
-	ctx, cancel := context.WithTimeout(ctx, lockTimeout)
-	defer cancel()
-	d.release, err = lock(ctx, filepath.Join(opts.RunDir, "lock"))
+	d.release, err = lock(ctx, opts.RunDir)
 	return d, err
 }
 
@@ -115,7 +110,7 @@ func (d *Datapath) object(name string) (fd, error) {
 	if f, ok := d.fds[name]; ok {
 		return f, nil
 	}
-	f, err := getPin(filepath.Join(d.dir, name))
+	f, err := getPin(d.dir + "/" + name)
 	if err != nil {
 		return -1, err
 	}

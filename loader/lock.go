@@ -7,21 +7,26 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
 
-// lock takes the node's lock: whoever holds it is alone in changing pins,
-// records and links. The kernel releases it when the process ends, however it
-// ends. It waits until ctx is done.
-func lock(ctx context.Context, path string) (func(), error) {
-	return flock(ctx, path, unix.O_CREAT|unix.O_RDWR, unix.LOCK_EX)
+// lockTimeout bounds the wait for other shunt processes on the node. A pod
+// takes less than a millisecond.
+const lockTimeout = 20 * time.Second
+
+// lock takes the node's lock, in runDir: whoever holds it is alone in changing
+// pins, records and links. The kernel releases it when the process ends, however
+// it ends. It waits until ctx is done, lockTimeout at most.
+func lock(ctx context.Context, runDir string) (func(), error) {
+	return flock(ctx, runDir+"/lock", unix.O_CREAT|unix.O_RDWR, unix.LOCK_EX)
 }
 
 // lockToRead takes the node's lock together with others who only read. It makes
 // no lock: where there is none the error is fs.ErrNotExist.
-func lockToRead(ctx context.Context, path string) (func(), error) {
-	return flock(ctx, path, unix.O_RDONLY, unix.LOCK_SH)
+func lockToRead(ctx context.Context, runDir string) (func(), error) {
+	return flock(ctx, runDir+"/lock", unix.O_RDONLY, unix.LOCK_SH)
 }
 
 func flock(ctx context.Context, path string, mode, how int) (func(), error) {
@@ -38,6 +43,8 @@ func flock(ctx context.Context, path string, mode, how int) (func(), error) {
 		release()
 		return nil, fmt.Errorf("lock %s: %w", path, err)
 	}
+	ctx, cancel := context.WithTimeout(ctx, lockTimeout)
+	defer cancel()
 	// The kernel queues those who wait; polling would not be fair.
 	done := make(chan error, 1)
 	go func() {

@@ -99,11 +99,11 @@ func (d *Datapath) writeRecord(r *Record) error {
 		if err := replace(path, r.encode()); err != nil {
 			return err
 		}
-		err := os.Link(path, user)
-		if errors.Is(err, fs.ErrExist) {
-			err = nil // its content is an earlier record's: only the name counts
+		err := unix.Link(path, user)
+		if err == nil || errors.Is(err, unix.EEXIST) {
+			return nil // its content is an earlier record's: only the name counts
 		}
-		return err
+		return &os.LinkError{Op: "link", Old: path, New: user, Err: err}
 	}
 	err := write()
 	// Either folder may be missing: a process may have ended between the two.
@@ -218,7 +218,7 @@ func appendJSONString(b []byte, s string) []byte {
 // process ends. Nothing is synced: a record means nothing after the next boot.
 // The node's lock keeps others from the temporary name.
 func replace(path string, data []byte) error {
-	next := filepath.Join(filepath.Dir(path), ".next")
+	next := path[:strings.LastIndexByte(path, '/')+1] + ".next"
 	f, err := unix.Open(next, unix.O_WRONLY|unix.O_CREAT|unix.O_TRUNC|unix.O_CLOEXEC|unix.O_NOFOLLOW, 0o600)
 	if err != nil {
 		return &fs.PathError{Op: "open", Path: next, Err: err}

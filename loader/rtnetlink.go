@@ -18,6 +18,7 @@ import (
 type rtnl struct {
 	fd  int
 	seq uint32
+	buf [8 << 10]byte // the kernel fills no more at once (NLMSG_GOODSIZE)
 }
 
 func openRTNL() (*rtnl, error) {
@@ -38,19 +39,19 @@ func (r *rtnl) request(typ uint16, flags uint16, body []byte, fn func(m *syscall
 	b := make([]byte, unix.SizeofNlMsghdr, unix.SizeofNlMsghdr+len(body))
 	h := (*unix.NlMsghdr)(unsafe.Pointer(unsafe.SliceData(b)))
 	*h = unix.NlMsghdr{Len: uint32(len(b) + len(body)), Type: typ, Flags: unix.NLM_F_REQUEST | flags, Seq: r.seq}
-	if err := unix.Sendto(r.fd, append(b, body...), 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
+	// The socket is not connected: what is written to it goes to the kernel.
+	if _, err := unix.Write(r.fd, append(b, body...)); err != nil {
 		return err
 	}
-	buf := make([]byte, 8<<10) // the kernel fills no more at once (NLMSG_GOODSIZE)
 	for {
-		n, _, err := unix.Recvfrom(r.fd, buf, 0)
+		n, err := unix.Read(r.fd, r.buf[:])
 		if errors.Is(err, unix.EINTR) {
 			continue
 		}
 		if err != nil {
 			return err
 		}
-		msgs, err := syscall.ParseNetlinkMessage(buf[:n])
+		msgs, err := syscall.ParseNetlinkMessage(r.buf[:n])
 		if err != nil {
 			return err
 		}

@@ -5,7 +5,6 @@ package loader
 import (
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -66,7 +65,7 @@ func (d *Datapath) takeStamp(dir string, fresh bool, cookie uint64) (_ fd, err e
 }
 
 func stampPath(dir string, slot uint32) string {
-	return filepath.Join(dir, stampPrefix+strconv.FormatUint(uint64(slot), 10))
+	return dir + "/" + stampPrefix + strconv.FormatUint(uint64(slot), 10)
 }
 
 // ownStamp finds the slot of the program that a pod has already; 0 for none.
@@ -84,26 +83,44 @@ func (d *Datapath) ownStamp(dir string) (slot uint32, err error) {
 
 // moveStamp moves a free program into dir; 0 if there is none.
 func (d *Datapath) moveStamp(dir string) (slot uint32, err error) {
-	pool, err := os.Open(filepath.Join(d.dir, stampsDir))
+	pool := d.dir + "/" + stampsDir
+	name, err := anyName(pool)
 	if err != nil {
 		return 0, fmt.Errorf("look for a free stamp program: %w", err)
 	}
-	defer pool.Close()
-	names, err := pool.Readdirnames(1)
-	if errors.Is(err, io.EOF) {
+	if name == "" {
 		return 0, nil
 	}
+	n, err := strconv.ParseUint(name, 10, 32)
 	if err != nil {
 		return 0, fmt.Errorf("look for a free stamp program: %w", err)
 	}
-	n, err := strconv.ParseUint(names[0], 10, 32)
-	if err != nil {
-		return 0, fmt.Errorf("look for a free stamp program: %w", err)
-	}
-	if err := os.Rename(filepath.Join(pool.Name(), names[0]), stampPath(dir, uint32(n))); err != nil {
-		return 0, fmt.Errorf("take a stamp program: %w", err)
+	if err := unix.Rename(pool+"/"+name, stampPath(dir, uint32(n))); err != nil {
+		return 0, fmt.Errorf("take stamp program %s of %s: %w", name, pool, err)
 	}
 	return uint32(n), nil
+}
+
+// anyName gives one name in a folder; empty where there is none.
+func anyName(dir string) (string, error) {
+	f, err := unix.Open(dir, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return "", &fs.PathError{Op: "open", Path: dir, Err: err}
+	}
+	defer unix.Close(f)
+	buf := make([]byte, 256) // ., .. and one more at least
+	for {
+		n, err := unix.ReadDirent(f, buf)
+		if err != nil {
+			return "", &fs.PathError{Op: "list", Path: dir, Err: err}
+		}
+		if n <= 0 {
+			return "", nil
+		}
+		if _, _, names := unix.ParseDirent(buf[:n], 1, nil); len(names) > 0 {
+			return names[0], nil
+		}
+	}
 }
 
 // newStamp loads a program for a slot that no other has, and pins it.

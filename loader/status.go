@@ -144,7 +144,7 @@ func (st *Status) looksWrong() bool {
 // lookAgain looks while nobody changes anything. It returns nil where the
 // attachment has gone.
 func (s *surveyor) lookAgain(ctx context.Context, before *Status, was error) (*Status, error) {
-	release, err := lockToRead(ctx, filepath.Join(s.opts.RunDir, "lock"))
+	release, err := lockToRead(ctx, s.opts.RunDir)
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
 		release = func() {} // nobody can be at work
