@@ -16,6 +16,7 @@ type metrics struct {
 
 	setup     *prometheus.HistogramVec
 	pods      *prometheus.GaugeVec
+	problems  *prometheus.GaugeVec
 	fallbacks *prometheus.CounterVec
 	flows     *prometheus.CounterVec
 	errors    *prometheus.CounterVec
@@ -40,6 +41,9 @@ func newMetrics(installed func() bool) *metrics {
 		pods: prometheus.NewGaugeVec(prometheus.GaugeOpts{
 			Name: "shunt_pods", Help: "Pods of this node that are redirected, by what redirects them.",
 		}, []string{"backend"}),
+		problems: prometheus.NewGaugeVec(prometheus.GaugeOpts{
+			Name: "shunt_pod_problems", Help: "Pods of this node that have a problem now, by problem; the log and `shunt status` say which, and what mends it.",
+		}, []string{"problem"}),
 		fallbacks: counter("shunt_fallback_total", "Pods that iptables was to redirect though nobody had asked for it, by reason.", "reason"),
 		flows:     counter("shunt_flows_total", "Connections of this node's pods that a rule has decided (eBPF only).", "direction", "rule"),
 		errors:    counter("shunt_datapath_errors_total", "What the eBPF programs of this node's pods could not do.", "program", "error"),
@@ -53,7 +57,7 @@ func newMetrics(installed func() bool) *metrics {
 		}
 		return 0
 	})
-	m.registry.MustRegister(m.setup, m.pods, m.fallbacks, m.flows, m.errors, m.installs, ready,
+	m.registry.MustRegister(m.setup, m.pods, m.problems, m.fallbacks, m.flows, m.errors, m.installs, ready,
 		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	return m
 }

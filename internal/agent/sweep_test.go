@@ -11,6 +11,7 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus/testutil"
 
+	"shunt.dev/shunt/internal/found"
 	"shunt.dev/shunt/internal/netconf"
 	"shunt.dev/shunt/redirect"
 	"shunt.dev/shunt/redirect/backends"
@@ -106,11 +107,51 @@ shunt_datapath_errors_total{error="EPERM",program="connect"} ` + errs + "\n"
 	expect("another agent", text("1", "0", "19", "8"))
 }
 
+// TestSweepTells: /readyz and shunt_pod_problems say of the pods what the agent can
+// tell, with those that repair has found to have nothing.
+func TestSweepTells(t *testing.T) {
+	dir := t.TempDir()
+	b := newSweepBed(t, dir)
+	problem := func(name string) backends.Problem { return backends.Problem{Name: name} }
+	expect := func(ok bool, says, metrics string) {
+		t.Helper()
+		if got, text := b.condition(); got != ok || text != says {
+			t.Errorf("%v, %s\nwant %v, %s", got, text, ok, says)
+		}
+		if metrics != "" {
+			metrics = "# HELP shunt_pod_problems Pods of this node that have a problem now, by problem; the log and `shunt status` say which, and what mends it.\n# TYPE shunt_pod_problems gauge\n" + metrics
+		}
+		if err := testutil.GatherAndCompare(b.metrics.registry, strings.NewReader(metrics), "shunt_pod_problems"); err != nil {
+			t.Error(err)
+		}
+	}
+	expect(true, "the node's pods have not been looked at yet", "")
+
+	b.again(t, nil, podStatus("a", redirect.EBPF, 1), podStatus("b", redirect.Iptables, 0, problem(backends.ProblemRules)))
+	expect(true, "1 pods by ebpf, 1 by iptables", "") // rules are not for the agent to judge
+
+	if err := found.Write(dir, []redirect.PodRef{{Namespace: "shop", Name: "a"}, {Namespace: "shop", Name: "lost"}}); err != nil {
+		t.Fatal(err)
+	}
+	b.again(t, nil, podStatus("a", redirect.EBPF, 1, problem(backends.ProblemNoListener)), podStatus("b", redirect.EBPF, 1, problem(backends.ProblemNoListener)))
+	expect(false, "2 pods by ebpf, 0 by iptables; 2 with problem no-listener (shop/a …); 1 with problem not-redirected (shop/lost): `shunt status` on the node says more",
+		"shunt_pod_problems{problem=\"no-listener\"} 2\nshunt_pod_problems{problem=\"not-redirected\"} 1\n")
+
+	if err := found.Write(dir, nil); err != nil {
+		t.Fatal(err)
+	}
+	b.again(t, errors.New("a record can't be parsed"), podStatus("a", redirect.EBPF, 1))
+	expect(false, "1 pods by ebpf, 0 by iptables; not all can be told: a record can't be parsed", "")
+	b.again(t, nil)
+	expect(true, "0 pods by ebpf, 0 by iptables", "")
+}
+
 // TestMetricsLint: the metrics are named as Prometheus wants it.
 func TestMetricsLint(t *testing.T) {
 	m := newMetrics(func() bool { return true })
 	m.setup.WithLabelValues("ebpf", "ok").Observe(1)
 	m.pods.WithLabelValues("ebpf").Set(1)
+	m.problems.WithLabelValues("no-listener").Set(1)
 	m.fallbacks.WithLabelValues("no-cgroup2").Inc()
 	m.flows.WithLabelValues("outbound", "out-include-cidr").Inc()
 	m.errors.WithLabelValues("connect", "EPERM").Inc()
