@@ -8,6 +8,9 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
+
+	"shunt.dev/shunt/internal/spool"
+	"shunt.dev/shunt/redirect"
 )
 
 // metrics are the agent's; docs/OPERATIONS.md says what each means.
@@ -48,6 +51,13 @@ func newMetrics(installed func() bool) *metrics {
 		flows:     counter("shunt_flows_total", "Connections of this node's pods that a rule has decided (eBPF only).", "direction", "rule"),
 		errors:    counter("shunt_datapath_errors_total", "What the eBPF programs of this node's pods could not do.", "program", "error"),
 		installs:  counter("shunt_install_total", "Attempts to put the plugin on the node or to mend what others changed, by result.", "result"),
+	}
+	// What is alerted on has a beginning, so that the first time counts.
+	for _, backend := range []string{string(redirect.EBPF), string(redirect.Iptables), backendNone} {
+		m.setup.WithLabelValues(backend, spool.ResultFailed)
+	}
+	for _, reason := range redirect.FallbackReasons() {
+		m.fallbacks.WithLabelValues(string(reason))
 	}
 	ready := prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 		Name: "shunt_install_ready", Help: "1 while the plugin is on the node and in its CNI chain, 0 while not.",

@@ -6,6 +6,9 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"os"
+	"regexp"
+	"slices"
 	"strings"
 	"testing"
 
@@ -144,6 +147,50 @@ func TestSweepTells(t *testing.T) {
 	expect(false, "1 pods by ebpf, 0 by iptables; not all can be told: a record can't be parsed", "")
 	b.again(t, nil)
 	expect(true, "0 pods by ebpf, 0 by iptables", "")
+}
+
+// TestMetricsDocumented: docs/OPERATIONS.md has each metric with its labels. The
+// tests of alerts and dashboard go by that.
+func TestMetricsDocumented(t *testing.T) {
+	docs, err := os.ReadFile("../../docs/OPERATIONS.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	m := newMetrics(func() bool { return true })
+	m.pods.WithLabelValues("ebpf")
+	m.problems.WithLabelValues("no-listener")
+	m.flows.WithLabelValues("outbound", "out-include-cidr")
+	m.errors.WithLabelValues("connect", "EPERM")
+	m.installs.WithLabelValues("installed")
+	m.registry.MustRegister(&health{conditions: []condition{{name: "install", check: func() (bool, string) { return true, "" }}}})
+	families, err := m.registry.Gather()
+	if err != nil {
+		t.Fatal(err)
+	}
+	own := 0
+	for _, f := range families {
+		if !strings.HasPrefix(f.GetName(), "shunt_") {
+			continue
+		}
+		own++
+		var labels []string
+		for _, l := range f.GetMetric()[0].GetLabel() {
+			labels = append(labels, l.GetName())
+		}
+		row := regexp.MustCompile("(?m)^\\| `" + f.GetName() + "(?:\\{([a-z,]+)\\})?` \\|").FindStringSubmatch(string(docs))
+		if row == nil {
+			t.Errorf("%s is not in docs/OPERATIONS.md", f.GetName())
+			continue
+		}
+		got := strings.Split(row[1], ",")
+		slices.Sort(got)
+		if strings.Join(got, ",") != strings.Join(labels, ",") {
+			t.Errorf("%s has the labels %v, in docs/OPERATIONS.md %v", f.GetName(), labels, got)
+		}
+	}
+	if own != 9 {
+		t.Errorf("%d metrics: some were not asked for", own)
+	}
 }
 
 // TestMetricsLint: the metrics are named as Prometheus wants it.
