@@ -493,3 +493,28 @@ func TestExample(t *testing.T) {
 		t.Errorf("%d of 2 objects were found", checked)
 	}
 }
+
+// TestNewer: a configuration of a newer release is known for one in whatever
+// form it is, so that it goes before its binary does.
+func TestNewer(t *testing.T) {
+	const of = `{"type":"shunt-cni","name":"shunt-cni","cniVersion":"1.0.0"`
+	list := func(entry string) string {
+		return `{"cniVersion":"1.0.0","name":"shunt-cni","plugins":[` + entry + `]}`
+	}
+	for _, c := range []struct {
+		name, file, data string
+		newer            bool
+	}{
+		{"single", "s.conf", of + "}", false},
+		{"single, newer", "s.conf", of + `,"future":1}`, true},
+		{"single, empty", "s.conf", "", false},
+		{"list", "s.conflist", list(of + "}"), false},
+		{"list, newer", "s.conflist", list(of + `,"future":1}`), true},
+		{"half a list", "s.conflist", `{"cniVersion":"1.0.0","plugins":[`, false},
+	} {
+		p, err := decide([]confFile{{name: c.file, data: []byte(c.data)}}, wish{file: c.file, entry: []byte(`{"type":"shunt-cni"}`)})
+		if err != nil || p.err != nil || p.newer != c.newer {
+			t.Errorf("%s: newer is %v, want %v; %v, %v", c.name, p.newer, c.newer, err, p.err)
+		}
+	}
+}

@@ -273,6 +273,10 @@ func (p *plan) standalone(files []confFile, w wish) error {
 		e.was = f.data
 		if filepath.Ext(f.name) != ".conflist" {
 			p.newer = len(f.data) > 0 && !knows(f.data)
+		} else if l, err := parseList(f.data); err == nil { // else no runtime takes it
+			for i, s := range l.plugins {
+				p.newer = p.newer || !knows(s.of(f.data)) && l.ours(i)
+			}
 		}
 	}
 	p.target = w.file

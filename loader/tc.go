@@ -438,6 +438,13 @@ func (d *Datapath) tcProgram() (fd, error) {
 	return d.object(bpf.ShuntProgShuntTc)
 }
 
+// PrepareTC loads the TC program, unless it is loaded, so that no pod has to wait
+// for that.
+func (d *Datapath) PrepareTC() error {
+	_, err := d.tcProgram()
+	return err
+}
+
 // loadTC loads the program with the datapath's maps. Its pin is made in one step.
 func (d *Datapath) loadTC() error {
 	spec, err := bpf.LoadShunt()

@@ -68,6 +68,16 @@ const (
 	ReasonFailed        ReasonName = "ebpf-failed"    // anything else
 )
 
+// FallbackReasons are those for which iptables redirects a pod though nobody has
+// asked for it.
+func FallbackReasons() []ReasonName {
+	return []ReasonName{
+		ReasonExcludeInterfaces, ReasonRerouteInterfaces, ReasonRuntimeClass, ReasonSecondaryNetworks,
+		ReasonNoCgroup2, ReasonNoPodCgroup, ReasonNoBPFFS, ReasonNoPermission, ReasonLoadRefused, ReasonAttachRefused,
+		ReasonUserNamespace, ReasonListener, ReasonMapFull, ReasonOtherBuild, ReasonFailed,
+	}
+}
+
 // A Reason says why a pod gets the datapath that it gets.
 type Reason struct {
 	Name ReasonName

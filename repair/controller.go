@@ -94,7 +94,7 @@ type controller struct {
 	// done are the pods that nothing more is to be done for, and failed what was
 	// said last of those that it was tried in vain for. Both forget a pod that
 	// is gone.
-	done   map[types.UID]bool
+	done   map[types.UID]time.Time
 	failed map[types.UID]string
 	found  map[types.UID]state // what sweeps have told of
 }
@@ -106,7 +106,7 @@ func newController(opts Options, heal healer, m *metrics) *controller {
 		api:     &apiWriter{client: opts.Client, limit: flowcontrol.NewTokenBucketRateLimiter(opts.qps, opts.burst), timeout: opts.callTime},
 		queue:   workqueue.NewTypedDelayingQueue[key](),
 		backOff: workqueue.NewTypedItemExponentialFailureRateLimiter[key](opts.retryFirst, opts.retryMost),
-		done:    map[types.UID]bool{}, failed: map[types.UID]string{}, found: map[types.UID]state{},
+		done:    map[types.UID]time.Time{}, failed: map[types.UID]string{}, found: map[types.UID]state{},
 	}
 	// What is done to pods does not wait for what is said of it.
 	say := *c.api
@@ -194,7 +194,7 @@ func (c *controller) treat(ctx context.Context, k key) error {
 	if pod == nil || pod.UID != k.uid {
 		return nil
 	}
-	if broken, _ := c.Broken(pod); !broken || c.isDone(k.uid) {
+	if broken, _ := c.Broken(pod); !broken || c.isDone(pod) {
 		return nil
 	}
 	// A pod that the rules let alone has no redirection to wait for: what it
@@ -247,6 +247,7 @@ func (c *controller) kindFor(pod *corev1.Pod) kind {
 
 func (c *controller) repair(ctx context.Context, pod *corev1.Pod) error {
 	start := time.Now()
+	_, again := c.mended(pod.UID)
 	by, already, err := c.heal.mend(ctx, pod, true)
 	switch {
 	case errors.Is(err, errNoSandbox):
@@ -255,6 +256,12 @@ func (c *controller) repair(ctx context.Context, pod *corev1.Pod) error {
 		return err
 	case err != nil:
 		return c.failure(pod, kindRepair, err)
+	case already && again:
+		// As often as the kubelet tries: every five minutes, after a while.
+		c.Log.Warn("a pod is redirected, and fails its validation all the same", "pod", nameOf(pod), "uid", pod.UID)
+		c.metrics.count(kindRepair, resultAlready)
+		c.events.say(pod, corev1.EventTypeWarning, "RedirectionNotSeen", fmt.Sprintf(
+			"the pod's traffic is redirected, and init container %s fails all the same: see its log; its ports and ids have to be the proxy's", c.InitContainer))
 	case already:
 		c.Log.Info("a pod that failed its validation is redirected by now", "pod", nameOf(pod))
 		c.metrics.count(kindRepair, resultAlready)
@@ -265,7 +272,7 @@ func (c *controller) repair(ctx context.Context, pod *corev1.Pod) error {
 		c.events.say(pod, corev1.EventTypeNormal, "RedirectionRepaired", fmt.Sprintf(
 			"the pod had started before Shunt was there; its traffic is redirected now, by %s: init container %s passes when it is started again", by.Datapath, c.InitContainer))
 	}
-	c.finish(pod.UID)
+	c.finishAt(pod.UID, time.Now())
 	return nil
 }
 
@@ -343,16 +350,29 @@ func (c *controller) failure(pod *corev1.Pod, k kind, err error) error {
 
 func oneLine(s string) string { return strings.Join(strings.Fields(s), " ") }
 
-func (c *controller) isDone(uid types.UID) bool {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return c.done[uid]
+// isDone reports whether nothing more is to be done for a broken pod. One that
+// was mended is looked at again when its init container, which was started after
+// that, fails all the same.
+func (c *controller) isDone(pod *corev1.Pod) bool {
+	at, ok := c.mended(pod.UID)
+	return ok && (at.IsZero() || !c.Started(pod).After(at))
 }
 
-func (c *controller) finish(uid types.UID) {
+// mended says when a pod that is done was mended; zero: something else was done.
+func (c *controller) mended(uid types.UID) (at time.Time, ok bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.done[uid] = true
+	at, ok = c.done[uid]
+	return at, ok
+}
+
+func (c *controller) finish(uid types.UID) { c.finishAt(uid, time.Time{}) }
+
+// finishAt is finish for a pod that was mended at a time.
+func (c *controller) finishAt(uid types.UID, at time.Time) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.done[uid] = at
 	delete(c.failed, uid)
 }
 

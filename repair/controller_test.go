@@ -300,7 +300,7 @@ func TestModes(t *testing.T) {
 			}
 			kube.Set(pod, up("good"), broken("others", func(p *corev1.Pod) { p.Spec.NodeName = "node-2" }))
 			w := open(t, kube, n, tc.edits...)
-			eventually(t, "an end", func() bool { return w.isDone(pod.UID) || w.metric(kindDelete, resultOK) > 0 })
+			eventually(t, "an end", func() bool { return w.isDone(pod) || w.metric(kindDelete, resultOK) > 0 })
 			w.settled(t)
 			got := outcome{Mended: n.mended[pod.UID] == 1}
 			there, ok := fakekube.Get[*corev1.Pod](kube, pod.Namespace, "x")
@@ -576,6 +576,41 @@ func TestOnce(t *testing.T) {
 	if _, times := n.count(); times != 3 || calls(kube)["delete pods"] != 0 {
 		t.Errorf("mended %d times after a restart", times)
 	}
+}
+
+// TestMendedAndFails: a pod that is redirected, and whose init container fails all
+// the same when it is started after that, is told each time; one that has lost its
+// redirection meanwhile is mended again.
+func TestMendedAndFails(t *testing.T) {
+	kube, n := fakekube.Start(t), newNurse()
+	pod := broken("x")
+	kube.Set(pod)
+	w := open(t, kube, n, mode(true, true, true))
+	eventually(t, "its being mended", func() bool { return w.metric(kindRepair, resultOK) == 1 })
+	again := func(started time.Time) {
+		t.Helper()
+		now, ok := fakekube.Get[*corev1.Pod](kube, pod.Namespace, pod.Name)
+		if !ok {
+			t.Fatal("the pod is gone")
+		}
+		now = now.DeepCopy()
+		_, end := w.ended(now)
+		end.StartedAt = metav1.NewTime(started)
+		kube.Set(now)
+	}
+	again(time.Now().Add(-time.Minute)) // it was started before it was mended
+	w.settled(t)
+	w.wantReasons(t, "x", "RedirectionRepaired")
+
+	again(time.Now().Add(2 * time.Second))
+	eventually(t, "its being told", func() bool { return w.metric(kindRepair, resultAlready) == 1 })
+	w.wantReasons(t, "x", "RedirectionNotSeen", "RedirectionRepaired")
+
+	n.mu.Lock()
+	delete(n.good, pod.UID)
+	n.mu.Unlock()
+	again(time.Now().Add(time.Minute))
+	eventually(t, "its being mended again", func() bool { return w.metric(kindRepair, resultOK) == 2 })
 }
 
 // TestMendFails: a failure is told once, tried again, and falls back to nothing

@@ -3,6 +3,7 @@
 package repair
 
 import (
+	"cmp"
 	"slices"
 	"time"
 
@@ -28,24 +29,36 @@ func (f Filter) Broken(pod *corev1.Pod) (broken bool, why string) {
 	if why := f.foreign(pod); why != "" {
 		return false, why
 	}
-	i := slices.IndexFunc(pod.Status.InitContainerStatuses, func(s corev1.ContainerStatus) bool { return s.Name == f.InitContainer })
-	if i < 0 {
-		return false, "init container " + f.InitContainer + " has no status"
-	}
-	// The present counts before the past: one that has passed by now is right,
-	// whatever came before.
-	s := pod.Status.InitContainerStatuses[i]
-	ended := s.State.Terminated
-	if ended == nil {
-		ended = s.LastTerminationState.Terminated
-	}
+	there, ended := f.ended(pod)
 	switch {
+	case !there:
+		return false, "init container " + f.InitContainer + " has no status"
 	case ended == nil:
 		return false, "init container " + f.InitContainer + " has not ended"
 	case ended.ExitCode != exitMissing:
 		return false, "init container " + f.InitContainer + " ended otherwise"
 	}
 	return true, ""
+}
+
+// ended gives the last end of the init container, if it is there and has one. The
+// present counts before the past: one that has passed by now is right, whatever
+// came before.
+func (f Filter) ended(pod *corev1.Pod) (there bool, end *corev1.ContainerStateTerminated) {
+	i := slices.IndexFunc(pod.Status.InitContainerStatuses, func(s corev1.ContainerStatus) bool { return s.Name == f.InitContainer })
+	if i < 0 {
+		return false, nil
+	}
+	s := &pod.Status.InitContainerStatuses[i]
+	return true, cmp.Or(s.State.Terminated, s.LastTerminationState.Terminated)
+}
+
+// Started says when the init container that has ended last was started.
+func (f Filter) Started(pod *corev1.Pod) time.Time {
+	if _, end := f.ended(pod); end != nil {
+		return end.StartedAt.Time
+	}
+	return time.Time{}
 }
 
 // foreign says why a pod is no concern of this node's controller.

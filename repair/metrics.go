@@ -46,6 +46,9 @@ func newMetrics(r prometheus.Registerer) *metrics {
 			m.pods.WithLabelValues(string(k), string(x)) // so that a rate has a beginning
 		}
 	}
+	for _, k := range []kind{kindLost, kindWrong} {
+		m.pods.WithLabelValues(string(k), string(resultFound))
+	}
 	r.MustRegister(m.pods)
 	return m
 }

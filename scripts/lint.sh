@@ -94,11 +94,11 @@ style() {
 
 tidy() {
   local dir
-  for dir in . tools tools/helm e2e/node/hyper; do go -C "$dir" mod tidy -diff || return; done
+  for dir in . tools tools/helm tools/promql e2e/node/hyper; do go -C "$dir" mod tidy -diff || return; done
 }
 
 # Modules of their own are left out by ./...
-vet() { go vet -tags e2e ./... && go -C tools/helm vet ./...; }
+vet() { go vet -tags e2e ./... && go -C tools/helm vet ./... && go -C tools/promql vet ./...; }
 format() { files '*.go' | xargs -0 gofmt -l -s | none 'gofmt'; }
 
 # git answers for a tree that another user owns only when told that it may.

@@ -19,6 +19,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"shunt.dev/shunt/internal/answer"
 	"shunt.dev/shunt/internal/testbed"
 	"shunt.dev/shunt/redirect"
 )
@@ -371,8 +372,13 @@ func TestPrivilegedBadIptables(t *testing.T) {
 					t.Errorf("%v: rules are left", config)
 				}
 				if c.status {
-					if r := n.Run(t, "STATUS", p); r.Code() != 50 {
+					r := n.Run(t, "STATUS", p)
+					if r.Code() != 50 {
 						t.Errorf("%v: STATUS: %s", config, r)
+					}
+					// The agent says the same on /readyz.
+					if said, err := answer.Read(n.RunDir); err != nil || said == nil || said.Able || !strings.Contains(message(r), said.Text) {
+						t.Errorf("%v: the agent is told %+v, %v; not %s", config, said, err, message(r))
 					}
 				}
 			}

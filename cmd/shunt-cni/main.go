@@ -36,12 +36,22 @@ func main() {
 	_ = os.Setenv("CNI_NETNS_OVERRIDE", "1") // fails on malformed names only
 
 	p := newPlugin(os.Getenv("PATH"))
-	if e := skel.PluginMainFuncsWithError(p.funcs(), specVersions, "CNI plugin shunt-cni "+buildVersion); e != nil {
+	if e := skel.PluginMainFuncsWithError(p.funcs(), specVersions, about()); e != nil {
 		if err := e.Print(); err != nil {
 			fmt.Fprintln(os.Stderr, "print the error:", err)
 		}
 		os.Exit(1)
 	}
+}
+
+// about is what is told to who runs the plugin by hand.
+func about() string {
+	return "CNI plugin shunt-cni " + buildVersion + `
+
+The container runtime runs it, last in the chain of plugins that make a pod's network:
+what is to be done is in CNI_COMMAND and its like, the network configuration on standard
+input. To do its work by hand, or to ask what it does with a pod and why, run shunt.
+`
 }
 
 // growStack lets the stack grow once, while there is little on it, in place of

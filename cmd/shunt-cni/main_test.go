@@ -127,3 +127,12 @@ func TestProcessDel(t *testing.T) {
 		t.Errorf("exit %d, printed %s", exit, out)
 	}
 }
+
+// TestAbout: who runs the plugin by hand is told what it is, and what to run.
+func TestAbout(t *testing.T) {
+	for _, want := range []string{"shunt-cni " + buildVersion, "container runtime", "run shunt."} {
+		if !strings.Contains(about(), want) {
+			t.Errorf("%q lacks %q", about(), want)
+		}
+	}
+}

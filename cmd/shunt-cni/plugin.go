@@ -3,6 +3,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -16,6 +17,7 @@ import (
 	"github.com/containernetworking/cni/pkg/skel"
 	"github.com/containernetworking/cni/pkg/types"
 
+	"shunt.dev/shunt/internal/answer"
 	"shunt.dev/shunt/internal/netconf"
 	"shunt.dev/shunt/internal/podfacts"
 	"shunt.dev/shunt/internal/spool"
@@ -382,23 +384,47 @@ func (p *plugin) status(args *skel.CmdArgs) error {
 	lines := spool.Open(conf.RunDir)
 	defer lines.Close()
 	log := newLog(p.stderr, lines, conf.LogLevel).With("command", "STATUS")
-	datapath := conf.Datapath
-	if _, err := p.cgroupRoot(conf.CgroupRoot); err != nil {
-		if datapath == string(redirect.EBPF) {
-			return fail(types.ErrPluginNotAvailable, "%v", err)
-		}
-		log.Warn("pods are redirected by iptables", "reason", redirect.ReasonNoCgroup2, "error", err)
-		datapath = string(redirect.Iptables)
+	by, err := p.able(conf, log)
+	said := answer.Status{Able: err == nil, Datapath: conf.Datapath, Text: by}
+	if err != nil {
+		said.Text = err.Error()
 	}
-	notEBPF, err := p.backends(conf, log).Ready(context.Background(), datapath)
+	if err := answer.Write(conf.RunDir, said); err != nil {
+		log.Warn("the node agent does not learn of this STATUS", "error", err)
+	}
 	if err != nil {
 		return fail(types.ErrPluginNotAvailable, "%v", err)
 	}
-	if notEBPF != nil {
-		log.Warn("pods are redirected by iptables", "reason", notEBPF.Name, "error", notEBPF.Text)
-	}
 	warnOfKubeconfig(conf.Kubeconfig, log)
 	return nil
+}
+
+// able fails unless pods can be set up, and says by what they are.
+func (p *plugin) able(conf *netconf.Config, log *slog.Logger) (by string, err error) {
+	datapath := conf.Datapath
+	var notEBPF *redirect.Reason
+	if _, err := p.cgroupRoot(conf.CgroupRoot); err != nil && datapath != string(redirect.Iptables) {
+		if datapath == string(redirect.EBPF) {
+			return "", err
+		}
+		notEBPF = &redirect.Reason{Name: redirect.ReasonNoCgroup2, Text: err.Error()}
+		datapath = string(redirect.Iptables)
+	}
+	why, err := p.backends(conf, log).Ready(context.Background(), datapath)
+	if err != nil {
+		if notEBPF != nil {
+			err = fmt.Errorf("datapath ebpf: %s; datapath iptables: %w", notEBPF.Text, err)
+		}
+		return "", err
+	}
+	if notEBPF = cmp.Or(notEBPF, why); notEBPF != nil {
+		log.Warn("pods are redirected by iptables", "reason", notEBPF.Name, "error", notEBPF.Text)
+		return fmt.Sprintf("pods get iptables (%s): %s", notEBPF.Name, notEBPF.Text), nil
+	}
+	if datapath == string(redirect.Iptables) {
+		return "pods get iptables", nil
+	}
+	return "pods get ebpf, unless they need iptables", nil
 }
 
 // print writes ADD's result. Nothing else is ever written to standard output,

@@ -23,6 +23,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-cmp/cmp/cmpopts"
 
+	"shunt.dev/shunt/internal/answer"
 	"shunt.dev/shunt/internal/netconf"
 	"shunt.dev/shunt/internal/testbed"
 	"shunt.dev/shunt/loader"
@@ -676,22 +677,27 @@ func TestStatus(t *testing.T) {
 		prepare func(*bed)
 		code    uint
 		want    string
+		said    string // where it does not fail
 		logged  string
 	}{
-		{name: "no kubeconfig", logged: "pods of the mesh can't be set up while the node agent does not answer"},
+		{name: "no kubeconfig", said: "pods get ebpf", logged: "pods of the mesh can't be set up while the node agent does not answer"},
 		{name: "configuration", conf: []string{`"x":1`}, code: 7, want: "no such key"},
 		{name: "iptables needs no cgroup2", conf: []string{`"datapath":"iptables"`}, prepare: func(b *bed) {
 			b.cgroupRoot = func(string) (string, error) { return "", errors.New("cgroup2 is mounted nowhere") }
-		}, logged: "pods of the mesh can't be set up while the node agent does not answer"},
+		}, said: "pods get iptables", logged: "pods of the mesh can't be set up while the node agent does not answer"},
 		{name: "no cgroup2", prepare: func(b *bed) {
 			b.cgroupRoot = func(string) (string, error) { return "", errors.New("cgroup2 is mounted nowhere") }
-		}, logged: "msg=\"pods are redirected by iptables\" command=STATUS reason=no-cgroup2 error=\"cgroup2 is mounted nowhere"},
+		}, said: "pods get iptables (no-cgroup2): cgroup2 is mounted nowhere", logged: "msg=\"pods are redirected by iptables\" command=STATUS reason=no-cgroup2 error=\"cgroup2 is mounted nowhere"},
 		{name: "no cgroup2 for ebpf", conf: []string{`"datapath":"ebpf"`}, prepare: func(b *bed) {
 			b.cgroupRoot = func(string) (string, error) { return "", errors.New("cgroup2 is mounted nowhere") }
 		}, code: 50, want: "cgroup2 is mounted nowhere"},
 		{name: "iptables alone", prepare: func(b *bed) {
 			b.backend.notEBPF = &redirect.Reason{Name: redirect.ReasonLoadRefused, Text: "too old"}
-		}, logged: "command=STATUS reason=load-refused error=\"too old"},
+		}, said: "pods get iptables (load-refused): too old", logged: "command=STATUS reason=load-refused error=\"too old"},
+		{name: "neither", prepare: func(b *bed) {
+			b.cgroupRoot = func(string) (string, error) { return "", errors.New("cgroup2 is mounted nowhere") }
+			b.backend.readyErr = errors.New("no iptables programs")
+		}, code: 50, want: "datapath ebpf: cgroup2 is mounted nowhere; datapath iptables: no iptables programs"},
 		{name: "backend", prepare: func(b *bed) { b.backend.readyErr = errors.New("no BPF") }, code: 50, want: "no BPF"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
@@ -709,7 +715,25 @@ func TestStatus(t *testing.T) {
 			if !strings.Contains(b.logged.String(), tc.logged) {
 				t.Errorf("logged %s, want %s", &b.logged, tc.logged)
 			}
+			if tc.code == types.ErrInvalidNetworkConfig {
+				return // it is not known where the agent is
+			}
+			// The agent is told the same.
+			said, err := answer.Read(b.runDir)
+			if err != nil || said == nil || said.Able != (tc.code == 0) || !strings.Contains(said.Text, tc.want+tc.said) || said.Datapath == "" {
+				t.Errorf("the agent is told %+v, %v; want %q", said, err, tc.want+tc.said)
+			}
 		})
+	}
+}
+
+// TestStatusUntold: that the agent can't be told is no failure of STATUS.
+func TestStatusUntold(t *testing.T) {
+	b := newBed(t)
+	b.runDir += "/none"
+	b.args = skel.CmdArgs{StdinData: []byte(b.conf("1.1.0"))}
+	if err := b.status(&b.args); err != nil || !strings.Contains(b.logged.String(), "the node agent does not learn of this STATUS") {
+		t.Errorf("error %v, logged %s", err, &b.logged)
 	}
 }
 

@@ -236,7 +236,7 @@ func glob(t testing.TB, pattern string) []string {
 
 // nodeFiles are the node's own in its run directory: locks, and what was found
 // out about it.
-var nodeFiles = []string{"log", "lock", "refused", "iptables/lock", "iptables-backend"}
+var nodeFiles = []string{"log", "lock", "refused", "iptables/lock", "iptables-backend", "status"}
 
 // left lists what is left on the node of any pod, and of the given ones in
 // their cgroup and network namespace.

@@ -23,6 +23,7 @@ import (
 	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
 
+	"shunt.dev/shunt/bpf"
 	"shunt.dev/shunt/internal/fakekube"
 	"shunt.dev/shunt/internal/testbed"
 )
@@ -191,7 +192,9 @@ func TestPrivilegedReload(t *testing.T) {
 	a.readyz(http.StatusOK, "[ok ] datapath: the eBPF datapath is loaded")
 	loaded := func() bool {
 		found, err := filepath.Glob(filepath.Join(b.bpf, "datapath-*", "pods"))
-		return err == nil && len(found) == 1
+		// TC's program, too, which a pod may ask for.
+		tc, err2 := filepath.Glob(filepath.Join(b.bpf, "datapath-*", bpf.ShuntProgShuntTc))
+		return err == nil && err2 == nil && len(found) == 1 && len(tc) == 1
 	}
 	if !loaded() {
 		t.Error("it is not there")

@@ -16,6 +16,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
+	"shunt.dev/shunt/internal/answer"
 	"shunt.dev/shunt/internal/fakekube"
 	"shunt.dev/shunt/internal/kubeapi"
 	"shunt.dev/shunt/internal/testbed"
@@ -275,6 +276,27 @@ func TestProcessNetconf(t *testing.T) {
 		t.Errorf("refused %d times in the log", n)
 	}
 	a.end()
+}
+
+// TestProcessStatus: what the plugin answers to STATUS is what /readyz says.
+func TestProcessStatus(t *testing.T) {
+	b := newBed(t)
+	b.netconf(`"datapath": "iptables"`)
+	a := b.start()
+	a.ready()
+	say := func(able bool, text string) {
+		t.Helper()
+		if err := answer.Write(b.run, answer.Status{Able: able, Datapath: "iptables", Text: text}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	say(false, "no iptables programs: install the package iptables")
+	a.readyz(http.StatusServiceUnavailable, "[NOT] datapath: no pod can be set up, as the plugin answers STATUS: no iptables programs: install the package iptables\n")
+	if _, body := a.get("metrics", "/metrics"); !strings.Contains(body, `shunt_ready{condition="datapath"} 0`) || !strings.Contains(body, `shunt_ready{condition="install"} 1`) {
+		t.Errorf("metrics:\n%s", body)
+	}
+	say(true, "pods get iptables")
+	a.readyz(http.StatusOK, "[ok ] datapath: pods get iptables: datapath iptables (netconf)\n")
 }
 
 // TestProcessSecondSignal: the second signal ends the agent at once.

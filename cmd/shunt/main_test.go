@@ -18,6 +18,7 @@ import (
 
 	"github.com/rogpeppe/go-internal/testscript"
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 
 	"shunt.dev/shunt/internal/testbed"
 )
@@ -211,6 +212,50 @@ func TestHelp(t *testing.T) {
 		if !strings.Contains(out.String(), "shunt "+cmd.Name()) || cmd.Short == "" || cmd.Long == "" {
 			t.Errorf("%s --help:\n%s", cmd.Name(), out.String())
 		}
+	}
+}
+
+// TestDocumented: docs/CLI.md, or a page of its own, has a section on every verb, and
+// names no flag that the verb it stands with does not have.
+func TestDocumented(t *testing.T) {
+	doc, err := os.ReadFile("../../docs/CLI.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	sections := map[string]string{}
+	for _, part := range strings.Split(string(doc), "\n## ")[1:] {
+		head, text, _ := strings.Cut(part, "\n")
+		for verb := range strings.SplitSeq(head, ", ") {
+			sections[verb] += text
+		}
+	}
+	page, err := os.ReadFile("../../docs/PROBE.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	sections["probe"] = string(page)
+	line := regexp.MustCompile(`(?m)^ +[$#] (?:bin/)?shunt (\w+)(.*)$`)
+	flagName := regexp.MustCompile(`--([a-z][-a-z]*)`)
+	for _, cmd := range newRoot().Commands() {
+		if cmd.Hidden || !cmd.IsAvailableCommand() {
+			continue
+		}
+		if sections[cmd.Name()] == "" {
+			t.Errorf("%s has no section", cmd.Name())
+		}
+		// What a section says of flags without a command may be another program's.
+		for _, m := range line.FindAllStringSubmatch(string(doc)+string(page), -1) {
+			for _, f := range flagName.FindAllStringSubmatch(m[2], -1) {
+				if m[1] == cmd.Name() && f[1] != "help" && cmd.Flags().Lookup(f[1]) == nil {
+					t.Errorf("shunt %s has no flag --%s", cmd.Name(), f[1])
+				}
+			}
+		}
+		cmd.Flags().VisitAll(func(f *pflag.Flag) {
+			if f.Usage == "" {
+				t.Errorf("%s: --%s has no help", cmd.Name(), f.Name)
+			}
+		})
 	}
 }
 

@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"slices"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -149,13 +148,12 @@ Exit status: 0 all is well; 6 something is wrong, and is told; 1 it failed, or a
 // unredirected are the pods that the repair controller has found to have nothing
 // programmed, and that have nothing now.
 func unredirected(lost []redirect.PodRef, list []backends.Status, which func(redirect.PodRef) bool) (out []backends.Status) {
-	for _, pod := range lost {
-		there := slices.ContainsFunc(list, func(s backends.Status) bool { return s.Pod.Namespace == pod.Namespace && s.Pod.Name == pod.Name })
-		if there || !which(pod) {
+	for _, pod := range found.Missing(lost, list) {
+		if !which(pod) {
 			continue
 		}
 		out = append(out, backends.Status{Pod: pod, Datapath: "none", Problems: []backends.Problem{{
-			Name: "not-redirected", Text: "the pod is to be redirected, and nothing is programmed for it: it runs around its proxy",
+			Name: found.Problem, Text: "the pod is to be redirected, and nothing is programmed for it: it runs around its proxy",
 			Remedy: "the repair controller mends it, see its log (container repair of the agent's pod); or delete the pod, and its successor is set up by the plugin",
 		}}})
 	}

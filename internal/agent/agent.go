@@ -187,16 +187,18 @@ func (a *Agent) serve(ctx context.Context, cache, keeper *loop) {
 		}
 	}
 	h := &health{loops: a.loops, conditions: []condition{
-		{"netconf", a.config.condition},
-		{"install", or(keeper, a.keeper.condition)},
-		{"datapath", a.datapath.condition},
-		{"pods", or(cache, func() (bool, string) {
+		{name: "netconf", check: a.config.condition},
+		{name: "install", check: or(keeper, a.keeper.condition)},
+		{name: "datapath", check: a.datapath.condition},
+		{name: "pods", check: or(cache, func() (bool, string) {
 			if !a.cache.Synced() {
 				return false, "the node's pods have not been listed yet: the API server is asked"
 			}
 			return true, fmt.Sprintf("%d pods of node %s are known", len(a.cache.Pods()), a.opts.Node)
 		})},
+		{name: "redirection", check: a.sweeper.condition, told: true},
 	}}
+	a.metrics.registry.MustRegister(h)
 	for _, s := range []struct {
 		what, address string
 		handler       func() http.Handler

@@ -9,7 +9,9 @@ import (
 	"fmt"
 	"strings"
 	"testing"
+	"time"
 
+	"shunt.dev/shunt/internal/answer"
 	"shunt.dev/shunt/internal/netconf"
 	"shunt.dev/shunt/loader"
 )
@@ -47,6 +49,42 @@ func TestPreload(t *testing.T) {
 			}
 			if n := strings.Count(out.String(), "\n"); n != 1 {
 				t.Errorf("logged %d times: %s", n, out.String())
+			}
+		})
+	}
+}
+
+// TestPreloadAndStatus: the plugin's answer to STATUS goes before what the agent
+// can tell, as long as it is fresh and by the same netconf.
+func TestPreloadAndStatus(t *testing.T) {
+	able := answer.Status{Able: true, Datapath: "auto", Text: "pods get iptables (no-cgroup2): none", At: time.Now()}
+	not := answer.Status{Datapath: "auto", Text: "no iptables programs", At: time.Now()}
+	change := func(s answer.Status, f func(*answer.Status)) *answer.Status { f(&s); return &s }
+	for _, tc := range []struct {
+		name  string
+		found error // by the agent
+		said  *answer.Status
+		err   error
+		ok    bool
+		says  string
+	}{
+		{"nobody has asked", nil, nil, nil, true, "the eBPF datapath is loaded"},
+		{"both can", nil, &able, nil, true, "the eBPF datapath is loaded"},
+		{"the plugin can't", nil, &not, nil, false, "no pod can be set up, as the plugin answers STATUS: no iptables programs"},
+		{"neither can", errors.New("out of memory"), &not, nil, false, "no iptables programs"},
+		{"the plugin can", errors.New("out of memory"), &able, nil, true, "pods get iptables (no-cgroup2): none, as the plugin answers STATUS (in the agent: the eBPF datapath could not be loaded: out of memory)"},
+		{"long ago", nil, change(not, func(s *answer.Status) { s.At = s.At.Add(-answer.Fresh) }), nil, true, "the eBPF datapath is loaded"},
+		{"by another netconf", nil, change(not, func(s *answer.Status) { s.Datapath = "ebpf" }), nil, true, "the eBPF datapath is loaded"},
+		{"it can't be read", nil, nil, errors.New("half an answer"), true, "the eBPF datapath is loaded (half an answer)"},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			c := &config{Config: netconf.Default()}
+			p := newPreloader(&configFile{now: c}, t.TempDir(), logTo(new(bytes.Buffer)))
+			p.ready = func(context.Context, *config) error { return tc.found }
+			p.said = func() (*answer.Status, error) { return tc.said, tc.err }
+			p.try(t.Context(), c)
+			if ok, says := p.condition(); ok != tc.ok || !strings.Contains(says, tc.says) {
+				t.Errorf("%v, %s", ok, says)
 			}
 		})
 	}

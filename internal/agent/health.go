@@ -7,6 +7,8 @@ import (
 	"net/http"
 	"strings"
 	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
 )
 
 // A condition is one of those for the agent to be ready. text says what is, or
@@ -14,6 +16,9 @@ import (
 type condition struct {
 	name  string
 	check func() (ok bool, text string)
+	// told says that it is told and no more: it is of single pods, and an agent
+	// that is not ready for their sake would hold up its own update.
+	told bool
 }
 
 // health answers /healthz and /readyz.
@@ -29,7 +34,11 @@ func (h *health) readiness() (ready bool, body string) {
 	for _, c := range h.conditions {
 		ok, text := c.check()
 		mark := "ok "
-		if !ok {
+		switch {
+		case ok:
+		case c.told:
+			mark = "see"
+		default:
 			ready, mark = false, "NOT"
 		}
 		fmt.Fprintf(&b, "[%s] %s: %s\n", mark, c.name, strings.ReplaceAll(text, "\n", "; "))
@@ -37,16 +46,34 @@ func (h *health) readiness() (ready bool, body string) {
 	return ready, b.String()
 }
 
+// Describe and Collect make a prometheus.Collector of it: shunt_ready, by condition.
+func (h *health) Describe(ch chan<- *prometheus.Desc) { ch <- readyDesc }
+
+// Collect asks every condition.
+func (h *health) Collect(ch chan<- prometheus.Metric) {
+	for _, c := range h.conditions {
+		value := 0.0
+		if ok, _ := c.check(); ok {
+			value = 1
+		}
+		if !c.told {
+			ch <- prometheus.MustNewConstMetric(readyDesc, prometheus.GaugeValue, value, c.name)
+		}
+	}
+}
+
+var readyDesc = prometheus.NewDesc("shunt_ready", "1 while a condition of the agent's readiness holds, 0 while not; /readyz says why.", []string{"condition"}, nil)
+
 func (h *health) handler() http.Handler {
 	mux := http.NewServeMux()
 	// The kubelet restarts an agent that is not healthy. That an API server is
 	// down is nothing that this would mend.
 	mux.HandleFunc("/healthz", func(w http.ResponseWriter, _ *http.Request) {
 		if err := h.loops.stuck(time.Now()); err != nil {
-			answer(w, http.StatusInternalServerError, err.Error()+"\n")
+			respond(w, http.StatusInternalServerError, err.Error()+"\n")
 			return
 		}
-		answer(w, http.StatusOK, "ok\n")
+		respond(w, http.StatusOK, "ok\n")
 	})
 	mux.HandleFunc("/readyz", func(w http.ResponseWriter, _ *http.Request) {
 		ready, body := h.readiness()
@@ -54,12 +81,12 @@ func (h *health) handler() http.Handler {
 		if !ready {
 			status = http.StatusServiceUnavailable
 		}
-		answer(w, status, body)
+		respond(w, status, body)
 	})
 	return mux
 }
 
-func answer(w http.ResponseWriter, status int, body string) {
+func respond(w http.ResponseWriter, status int, body string) {
 	w.Header().Set("Content-Type", "text/plain; charset=utf-8")
 	w.WriteHeader(status)
 	fmt.Fprint(w, body)

@@ -14,6 +14,8 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"github.com/prometheus/client_golang/prometheus/testutil"
 )
 
 // TestLoops: a loop that fails is started again, with pauses that grow; one that
@@ -83,9 +85,17 @@ func TestHealth(t *testing.T) {
 		l.startOther(ctx, "without a beat", func(ctx context.Context) error { <-ctx.Done(); return nil })
 		ready := false
 		h := &health{loops: l, conditions: []condition{
-			{"netconf", func() (bool, string) { return true, "is in force" }},
-			{"install", func() (bool, string) { return ready, "two\nlines" }},
+			{name: "netconf", check: func() (bool, string) { return true, "is in force" }},
+			{name: "install", check: func() (bool, string) { return ready, "two\nlines" }},
+			{name: "redirection", check: func() (bool, string) { return !ready, "one pod" }, told: true},
 		}}
+		expectMetric := func(want string) {
+			t.Helper()
+			const head = "# HELP shunt_ready 1 while a condition of the agent's readiness holds, 0 while not; /readyz says why.\n# TYPE shunt_ready gauge\n"
+			if err := testutil.CollectAndCompare(h, strings.NewReader(head+want)); err != nil {
+				t.Error(err)
+			}
+		}
 		get := func(path string) (int, string) {
 			w := httptest.NewRecorder()
 			h.handler().ServeHTTP(w, httptest.NewRequest(http.MethodGet, path, nil))
@@ -99,9 +109,12 @@ func TestHealth(t *testing.T) {
 			}
 		}
 		expect("/healthz", 200, "ok\n")
-		expect("/readyz", 503, "[ok ] netconf: is in force\n[NOT] install: two; lines\n")
+		expect("/readyz", 503, "[ok ] netconf: is in force\n[NOT] install: two; lines\n[ok ] redirection: one pod\n")
+		expectMetric("shunt_ready{condition=\"install\"} 0\nshunt_ready{condition=\"netconf\"} 1\n")
 		ready = true
-		expect("/readyz", 200, "[ok ] netconf: is in force\n[ok ] install: two; lines\n")
+		// What is wrong with pods is told, and no reason not to be ready.
+		expect("/readyz", 200, "[ok ] netconf: is in force\n[ok ] install: two; lines\n[see] redirection: one pod\n")
+		expectMetric("shunt_ready{condition=\"install\"} 1\nshunt_ready{condition=\"netconf\"} 1\n")
 		time.Sleep(99*time.Second + stuckAfter) //nolint:forbidigo // the bubble's clock
 		expect("/healthz", 200, "ok\n")
 		time.Sleep(time.Second) //nolint:forbidigo // the bubble's clock

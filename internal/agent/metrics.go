@@ -8,6 +8,9 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
+
+	"shunt.dev/shunt/internal/spool"
+	"shunt.dev/shunt/redirect"
 )
 
 // metrics are the agent's; docs/OPERATIONS.md says what each means.
@@ -16,6 +19,7 @@ type metrics struct {
 
 	setup     *prometheus.HistogramVec
 	pods      *prometheus.GaugeVec
+	problems  *prometheus.GaugeVec
 	fallbacks *prometheus.CounterVec
 	flows     *prometheus.CounterVec
 	errors    *prometheus.CounterVec
@@ -40,10 +44,20 @@ func newMetrics(installed func() bool) *metrics {
 		pods: prometheus.NewGaugeVec(prometheus.GaugeOpts{
 			Name: "shunt_pods", Help: "Pods of this node that are redirected, by what redirects them.",
 		}, []string{"backend"}),
+		problems: prometheus.NewGaugeVec(prometheus.GaugeOpts{
+			Name: "shunt_pod_problems", Help: "Pods of this node that have a problem now, by problem; the log and `shunt status` say which, and what mends it.",
+		}, []string{"problem"}),
 		fallbacks: counter("shunt_fallback_total", "Pods that iptables was to redirect though nobody had asked for it, by reason.", "reason"),
 		flows:     counter("shunt_flows_total", "Connections of this node's pods that a rule has decided (eBPF only).", "direction", "rule"),
 		errors:    counter("shunt_datapath_errors_total", "What the eBPF programs of this node's pods could not do.", "program", "error"),
 		installs:  counter("shunt_install_total", "Attempts to put the plugin on the node or to mend what others changed, by result.", "result"),
+	}
+	// What is alerted on has a beginning, so that the first time counts.
+	for _, backend := range []string{string(redirect.EBPF), string(redirect.Iptables), backendNone} {
+		m.setup.WithLabelValues(backend, spool.ResultFailed)
+	}
+	for _, reason := range redirect.FallbackReasons() {
+		m.fallbacks.WithLabelValues(string(reason))
 	}
 	ready := prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 		Name: "shunt_install_ready", Help: "1 while the plugin is on the node and in its CNI chain, 0 while not.",
@@ -53,7 +67,7 @@ func newMetrics(installed func() bool) *metrics {
 		}
 		return 0
 	})
-	m.registry.MustRegister(m.setup, m.pods, m.fallbacks, m.flows, m.errors, m.installs, ready,
+	m.registry.MustRegister(m.setup, m.pods, m.problems, m.fallbacks, m.flows, m.errors, m.installs, ready,
 		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	return m
 }

@@ -4,6 +4,7 @@ package agent
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -65,11 +66,11 @@ func (r *relay) line(ctx context.Context, line []byte) {
 	_ = r.log.Handle(ctx, record) // where the log itself fails, nobody can be told
 }
 
+// backendNone is the backend of an ADD that failed before that was known.
+const backendNone = "none"
+
 func (r *relay) setup(s spool.Setup) {
-	backend := s.Backend
-	if backend == "" {
-		backend = "none" // it failed before it was known
-	}
+	backend := cmp.Or(s.Backend, backendNone)
 	r.metrics.setup.WithLabelValues(backend, s.Result).Observe(s.Seconds)
 	if s.Fallback {
 		r.metrics.fallbacks.WithLabelValues(s.Reason).Inc()

@@ -12,6 +12,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus/testutil"
 
 	"shunt.dev/shunt/internal/spool"
+	"shunt.dev/shunt/redirect"
 )
 
 // TestRelayLine: the plugin's lines are in the agent's log as they were, with
@@ -59,15 +60,21 @@ func TestRelaySetup(t *testing.T) {
 	if got := out.String(); strings.Count(got, "\n") != 1 || !strings.Contains(got, `level=ERROR msg="pod was not set up" setup.backend=""`) {
 		t.Errorf("logged %s", got)
 	}
-	if n := testutil.CollectAndCount(m.setup); n != 3 {
-		t.Errorf("%d histograms, want those of ebpf, iptables and none", n)
+	// Failures are there from the beginning.
+	if n := testutil.CollectAndCount(m.setup); n != 5 {
+		t.Errorf("%d histograms, want those of ebpf and iptables, and the failed ones of ebpf, iptables and none", n)
 	}
-	if err := testutil.CollectAndCompare(m.fallbacks, strings.NewReader(`
-# HELP shunt_fallback_total Pods that iptables was to redirect though nobody had asked for it, by reason.
-# TYPE shunt_fallback_total counter
-shunt_fallback_total{reason="no-cgroup2"} 1
-`)); err != nil {
-		t.Error(err)
+	if n := testutil.CollectAndCount(m.fallbacks); n != len(redirect.FallbackReasons()) {
+		t.Errorf("%d reasons", n)
+	}
+	for _, reason := range redirect.FallbackReasons() {
+		want := 0.0
+		if reason == redirect.ReasonNoCgroup2 {
+			want = 1
+		}
+		if got := testutil.ToFloat64(m.fallbacks.WithLabelValues(string(reason))); got != want {
+			t.Errorf("fallbacks because of %s: %v, want %v", reason, got, want)
+		}
 	}
 	out.Reset()
 	r.drain(t.Context())

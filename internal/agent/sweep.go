@@ -4,9 +4,15 @@ package agent
 
 import (
 	"context"
+	"errors"
+	"fmt"
 	"log/slog"
+	"maps"
+	"slices"
+	"sync"
 	"time"
 
+	"shunt.dev/shunt/internal/found"
 	"shunt.dev/shunt/redirect"
 	"shunt.dev/shunt/redirect/backends"
 )
@@ -21,6 +27,7 @@ const sweepTimeout = time.Minute
 // their programs have counted, what is wrong with them.
 type sweeper struct {
 	config  *configFile
+	runDir  string
 	status  func(context.Context, *config) ([]backends.Status, error)
 	metrics *metrics
 	log     *slog.Logger
@@ -29,6 +36,16 @@ type sweeper struct {
 	shown    map[series]uint64 // what of their totals metrics have
 	told     map[problem]bool  // what has been logged
 	failed   string            // how the last sweep did
+
+	mu    sync.Mutex
+	state *redirection // nil: nobody has looked yet
+}
+
+// A redirection is what became of the node's pods, by the last sweep.
+type redirection struct {
+	pods     map[redirect.Datapath]int
+	problems map[string][]string // by the problem's name, the pods that have it
+	err      error               // why that may not be all
 }
 
 // A problem is one of a pod, as far as it is to be told once.
@@ -36,7 +53,7 @@ type problem struct{ pod, name string }
 
 func newSweeper(f *configFile, runDir string, m *metrics, log *slog.Logger) *sweeper {
 	s := &sweeper{
-		config: f, metrics: m, log: log, shown: map[series]uint64{}, told: map[problem]bool{},
+		config: f, runDir: runDir, metrics: m, log: log, shown: map[series]uint64{}, told: map[problem]bool{},
 		status: func(ctx context.Context, c *config) ([]backends.Status, error) {
 			return backends.New(backends.Options{BPFDir: c.BPFDir, RunDir: runDir, Log: log}).Status(ctx)
 		},
@@ -70,7 +87,7 @@ func (s *sweeper) sweep(ctx context.Context, c *config) {
 	pods, err := s.status(ctx, c)
 	s.say(ctx, "the pods' state can't be read, or not all of it", err)
 	if ctx.Err() == nil {
-		s.count(pods)
+		s.count(pods, err)
 	}
 	// What has gone can be told only from a list that is whole.
 	whole := err == nil
@@ -108,15 +125,60 @@ func countsOf(st *backends.Status) map[series]uint64 {
 	return counts
 }
 
-// count sets shunt_pods.
-func (s *sweeper) count(pods []backends.Status) {
-	n := map[redirect.Datapath]int{redirect.EBPF: 0, redirect.Iptables: 0}
+// count sets shunt_pods and shunt_pod_problems, and what /readyz says.
+func (s *sweeper) count(pods []backends.Status, err error) {
+	now := &redirection{pods: map[redirect.Datapath]int{redirect.EBPF: 0, redirect.Iptables: 0}, problems: map[string][]string{}, err: err}
 	for i := range pods {
-		n[pods[i].Datapath]++
+		st := &pods[i]
+		now.pods[st.Datapath]++
+		for _, p := range st.Problems {
+			if !hidden[p.Name] {
+				now.problems[p.Name] = append(now.problems[p.Name], nameOf(st.Pod))
+			}
+		}
 	}
-	for d, count := range n {
+	lost, err := found.Read(s.runDir)
+	now.err = errors.Join(now.err, err)
+	for _, pod := range found.Missing(lost, pods) {
+		now.problems[found.Problem] = append(now.problems[found.Problem], nameOf(pod))
+	}
+	for d, count := range now.pods {
 		s.metrics.pods.WithLabelValues(string(d)).Set(float64(count))
 	}
+	s.metrics.problems.Reset()
+	for name, pods := range now.problems {
+		s.metrics.problems.WithLabelValues(name).Set(float64(len(pods)))
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.state = now
+}
+
+func nameOf(p redirect.PodRef) string { return p.Namespace + "/" + p.Name }
+
+// condition is what /readyz says.
+func (s *sweeper) condition() (ok bool, text string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.state == nil {
+		return true, "the node's pods have not been looked at yet"
+	}
+	text = fmt.Sprintf("%d pods by ebpf, %d by iptables", s.state.pods[redirect.EBPF], s.state.pods[redirect.Iptables])
+	for _, name := range slices.Sorted(maps.Keys(s.state.problems)) {
+		pods := s.state.problems[name]
+		text += fmt.Sprintf("; %d with problem %s (%s", len(pods), name, pods[0])
+		if len(pods) > 1 {
+			text += " …"
+		}
+		text += ")"
+	}
+	if len(s.state.problems) > 0 {
+		text += ": `shunt status` on the node says more"
+	}
+	if s.state.err != nil {
+		text += fmt.Sprintf("; not all can be told: %v", s.state.err)
+	}
+	return len(s.state.problems) == 0 && s.state.err == nil, text
 }
 
 // hidden are the problems that only those can tell who see network namespaces
@@ -130,7 +192,7 @@ func (s *sweeper) tell(id string, st *backends.Status, p backends.Problem) {
 		return
 	}
 	s.told[key] = true
-	s.log.Warn("a pod has a problem", "pod", st.Pod.Namespace+"/"+st.Pod.Name, "problem", p.Name, "what", p.Text,
+	s.log.Warn("a pod has a problem", "pod", nameOf(st.Pod), "problem", p.Name, "what", p.Text,
 		"remedy", p.Remedy, "container", st.ContainerID, "backend", st.Datapath)
 }
 

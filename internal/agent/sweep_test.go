@@ -6,11 +6,15 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"os"
+	"regexp"
+	"slices"
 	"strings"
 	"testing"
 
 	"github.com/prometheus/client_golang/prometheus/testutil"
 
+	"shunt.dev/shunt/internal/found"
 	"shunt.dev/shunt/internal/netconf"
 	"shunt.dev/shunt/redirect"
 	"shunt.dev/shunt/redirect/backends"
@@ -106,11 +110,95 @@ shunt_datapath_errors_total{error="EPERM",program="connect"} ` + errs + "\n"
 	expect("another agent", text("1", "0", "19", "8"))
 }
 
+// TestSweepTells: /readyz and shunt_pod_problems say of the pods what the agent can
+// tell, with those that repair has found to have nothing.
+func TestSweepTells(t *testing.T) {
+	dir := t.TempDir()
+	b := newSweepBed(t, dir)
+	problem := func(name string) backends.Problem { return backends.Problem{Name: name} }
+	expect := func(ok bool, says, metrics string) {
+		t.Helper()
+		if got, text := b.condition(); got != ok || text != says {
+			t.Errorf("%v, %s\nwant %v, %s", got, text, ok, says)
+		}
+		if metrics != "" {
+			metrics = "# HELP shunt_pod_problems Pods of this node that have a problem now, by problem; the log and `shunt status` say which, and what mends it.\n# TYPE shunt_pod_problems gauge\n" + metrics
+		}
+		if err := testutil.GatherAndCompare(b.metrics.registry, strings.NewReader(metrics), "shunt_pod_problems"); err != nil {
+			t.Error(err)
+		}
+	}
+	expect(true, "the node's pods have not been looked at yet", "")
+
+	b.again(t, nil, podStatus("a", redirect.EBPF, 1), podStatus("b", redirect.Iptables, 0, problem(backends.ProblemRules)))
+	expect(true, "1 pods by ebpf, 1 by iptables", "") // rules are not for the agent to judge
+
+	if err := found.Write(dir, []redirect.PodRef{{Namespace: "shop", Name: "a"}, {Namespace: "shop", Name: "lost"}}); err != nil {
+		t.Fatal(err)
+	}
+	b.again(t, nil, podStatus("a", redirect.EBPF, 1, problem(backends.ProblemNoListener)), podStatus("b", redirect.EBPF, 1, problem(backends.ProblemNoListener)))
+	expect(false, "2 pods by ebpf, 0 by iptables; 2 with problem no-listener (shop/a …); 1 with problem not-redirected (shop/lost): `shunt status` on the node says more",
+		"shunt_pod_problems{problem=\"no-listener\"} 2\nshunt_pod_problems{problem=\"not-redirected\"} 1\n")
+
+	if err := found.Write(dir, nil); err != nil {
+		t.Fatal(err)
+	}
+	b.again(t, errors.New("a record can't be parsed"), podStatus("a", redirect.EBPF, 1))
+	expect(false, "1 pods by ebpf, 0 by iptables; not all can be told: a record can't be parsed", "")
+	b.again(t, nil)
+	expect(true, "0 pods by ebpf, 0 by iptables", "")
+}
+
+// TestMetricsDocumented: docs/OPERATIONS.md has each metric with its labels. The
+// tests of alerts and dashboard go by that.
+func TestMetricsDocumented(t *testing.T) {
+	docs, err := os.ReadFile("../../docs/OPERATIONS.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	m := newMetrics(func() bool { return true })
+	m.pods.WithLabelValues("ebpf")
+	m.problems.WithLabelValues("no-listener")
+	m.flows.WithLabelValues("outbound", "out-include-cidr")
+	m.errors.WithLabelValues("connect", "EPERM")
+	m.installs.WithLabelValues("installed")
+	m.registry.MustRegister(&health{conditions: []condition{{name: "install", check: func() (bool, string) { return true, "" }}}})
+	families, err := m.registry.Gather()
+	if err != nil {
+		t.Fatal(err)
+	}
+	own := 0
+	for _, f := range families {
+		if !strings.HasPrefix(f.GetName(), "shunt_") {
+			continue
+		}
+		own++
+		var labels []string
+		for _, l := range f.GetMetric()[0].GetLabel() {
+			labels = append(labels, l.GetName())
+		}
+		row := regexp.MustCompile("(?m)^\\| `" + f.GetName() + "(?:\\{([a-z,]+)\\})?` \\|").FindStringSubmatch(string(docs))
+		if row == nil {
+			t.Errorf("%s is not in docs/OPERATIONS.md", f.GetName())
+			continue
+		}
+		got := strings.Split(row[1], ",")
+		slices.Sort(got)
+		if strings.Join(got, ",") != strings.Join(labels, ",") {
+			t.Errorf("%s has the labels %v, in docs/OPERATIONS.md %v", f.GetName(), labels, got)
+		}
+	}
+	if own != 9 {
+		t.Errorf("%d metrics: some were not asked for", own)
+	}
+}
+
 // TestMetricsLint: the metrics are named as Prometheus wants it.
 func TestMetricsLint(t *testing.T) {
 	m := newMetrics(func() bool { return true })
 	m.setup.WithLabelValues("ebpf", "ok").Observe(1)
 	m.pods.WithLabelValues("ebpf").Set(1)
+	m.problems.WithLabelValues("no-listener").Set(1)
 	m.fallbacks.WithLabelValues("no-cgroup2").Inc()
 	m.flows.WithLabelValues("outbound", "out-include-cidr").Inc()
 	m.errors.WithLabelValues("connect", "EPERM").Inc()

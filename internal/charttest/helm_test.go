@@ -154,6 +154,29 @@ type objects struct {
 	ClusterRoleBindings map[string]*rbacv1.ClusterRoleBinding
 	Constraints         *securityContextConstraints
 	Network             *networkAttachmentDefinition
+	Monitor             *podMonitor
+	Rules               *prometheusRule
+	Dashboard           *corev1.ConfigMap
+}
+
+// podMonitor and prometheusRule are as much as the chart uses of the types of
+// Prometheus' operator.
+type podMonitor struct {
+	metav1.TypeMeta   `json:",inline"`
+	metav1.ObjectMeta `json:"metadata"`
+	Spec              struct {
+		Selector            metav1.LabelSelector `json:"selector"`
+		PodMetricsEndpoints []struct {
+			Port        string       `json:"port"`
+			Relabelings []relabeling `json:"relabelings"`
+		} `json:"podMetricsEndpoints"`
+	} `json:"spec"`
+}
+
+type prometheusRule struct {
+	metav1.TypeMeta   `json:",inline"`
+	metav1.ObjectMeta `json:"metadata"`
+	Spec              ruleGroups `json:"spec"`
 }
 
 // securityContextConstraints is as much as the chart uses of OpenShift's type,
@@ -248,6 +271,14 @@ func (o *objects) add(meta metav1.TypeMeta, doc string) error {
 	case "k8s.cni.cncf.io/v1":
 		o.Network = new(networkAttachmentDefinition)
 		object = o.Network
+	case "monitoring.coreos.com/v1":
+		if meta.Kind == "PodMonitor" {
+			o.Monitor = new(podMonitor)
+			object = o.Monitor
+		} else {
+			o.Rules = new(prometheusRule)
+			object = o.Rules
+		}
 	}
 	if object != nil {
 		o.all = append(o.all, object)
@@ -266,7 +297,11 @@ func (o *objects) add(meta metav1.TypeMeta, doc string) error {
 	case *appsv1.DaemonSet:
 		o.DaemonSet = x
 	case *corev1.ConfigMap:
-		o.ConfigMap = x
+		if strings.HasSuffix(x.Name, "-dashboard") {
+			o.Dashboard = x
+		} else {
+			o.ConfigMap = x
+		}
 	case *corev1.ServiceAccount:
 		o.ServiceAccount = x
 	case *corev1.ResourceQuota:

@@ -73,6 +73,9 @@ var options = []struct {
 	{"repair.netnsDir", values{"repair": values{"netnsDir": "/run/docker/netns"}}, []string{"hostPath: {path: /run/docker/netns, type: DirectoryOrCreate}"}},
 	{"repair.resources", values{"repair": values{"resources": values{"limits": values{"memory": "77Mi"}}}}, []string{"memory: 77Mi"}},
 	{"prometheus.scrape", values{"prometheus": values{"scrape": false}}, nil},
+	{"prometheus.podMonitor", values{"prometheus": values{"podMonitor": true, "labels": values{"release": "kps"}}}, []string{"kind: PodMonitor", "- port: repair-metrics", "release: kps"}},
+	{"prometheus.rules", values{"prometheus": values{"rules": true, "runbookURL": "https://example.org/OPERATIONS.md"}}, []string{"kind: PrometheusRule", "- alert: ShuntNotInstalled", "runbook_url: https://example.org/OPERATIONS.md#pods-do-not-start"}},
+	{"grafana.dashboard", values{"grafana": values{"dashboard": true, "labels": values{"my_dashboard": "yes"}}}, []string{"name: shunt-node-dashboard", `grafana_dashboard: "1"`, `my_dashboard: "yes"`, "shunt.json: |"}},
 	{"podLabels", values{"podLabels": values{"team": "mesh"}}, []string{"team: mesh"}},
 	{"imagePullSecrets", values{"imagePullSecrets": []values{{"name": "pull"}}}, []string{"- name: pull"}},
 	{"resources", values{"resources": values{"limits": values{"memory": "1Gi"}}}, []string{"memory: 1Gi"}},
@@ -215,7 +218,7 @@ func TestOptionsAreComplete(t *testing.T) {
 }
 
 // deep are the maps whose keys are options; other maps are values.
-var deep = []string{"proxy", "repair", "prometheus"}
+var deep = []string{"proxy", "repair", "prometheus", "grafana"}
 
 func leaves(prefix string, v values) (names []string) {
 	for key, value := range v {

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Package found is how the repair controller tells `shunt status` of pods that are
-// to be redirected and that nothing is programmed for: those have no record by
-// which status could know them, and only who knows the API server's pods can tell.
+// Package found is how the repair controller tells `shunt status` and the node
+// agent of pods that are to be redirected and that nothing is programmed for: those
+// have no record by which status could know them, and only who knows the API
+// server's pods can tell.
 package found
 
 import (
@@ -12,11 +13,13 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"time"
 
 	"github.com/google/renameio/v2"
 
 	"shunt.dev/shunt/redirect"
+	"shunt.dev/shunt/redirect/backends"
 )
 
 // fresh is how long a list counts: the controller writes one a minute.
@@ -53,4 +56,15 @@ func Read(runDir string) (pods []redirect.PodRef, err error) {
 		return nil, fmt.Errorf("read the list of pods that are not redirected, %s: %w", path(runDir), err)
 	}
 	return pods, nil
+}
+
+// Problem is what it is called, among the problems of pods, that nothing is
+// programmed for one that is to be redirected.
+const Problem = "not-redirected"
+
+// Missing leaves, of a list, the pods that have nothing by now either.
+func Missing(list []redirect.PodRef, there []backends.Status) []redirect.PodRef {
+	return slices.DeleteFunc(list, func(pod redirect.PodRef) bool {
+		return slices.ContainsFunc(there, func(s backends.Status) bool { return s.Pod.Namespace == pod.Namespace && s.Pod.Name == pod.Name })
+	})
 }

@@ -17,7 +17,7 @@ import (
 
 // ours are names that Shunt has in its run directory. Any of them shows that a
 // directory is not somebody else's.
-var ours = []string{"agent", "agent.sock", "install.lock", "kubeconfig", "lock", "attachments", "iptables", "log", "token", "claim", "counts", "unredirected"}
+var ours = []string{"agent", "agent.sock", "install.lock", "kubeconfig", "lock", "attachments", "iptables", "log", "token", "claim", "counts", "unredirected", "status"}
 
 // Prepare makes the directory, readable by its owner alone. It refuses one that
 // others could put their own files into, and changes the mode only of one that

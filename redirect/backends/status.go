@@ -7,6 +7,7 @@ import (
 	"context"
 	"errors"
 	"slices"
+	"time"
 
 	"shunt.dev/shunt/loader"
 	"shunt.dev/shunt/redirect"
@@ -95,6 +96,40 @@ func (b *Backends) Errors(context.Context) ([]ErrorCount, error) {
 }
 
 func (b *Backends) status(ctx context.Context, which func(redirect.PodRef) bool) ([]Status, error) {
+	return settled(ctx, func() ([]Status, error) { return b.look(ctx, which) })
+}
+
+// How long a change from one backend to the other, which looks as if it had not
+// come to its end, is waited for, and how often it is looked at meanwhile.
+const (
+	changeTime  = time.Second
+	changeLooks = 10
+)
+
+// settled looks again where both backends have a record: each works under a lock
+// of its own, and between the two steps of a change none is held.
+func settled(ctx context.Context, look func() ([]Status, error)) (list []Status, err error) {
+	tick := time.NewTicker(changeTime / changeLooks)
+	defer tick.Stop()
+	for range changeLooks {
+		list, err = look()
+		if !slices.ContainsFunc(list, changing) {
+			break
+		}
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return list, err
+		}
+	}
+	return list, err
+}
+
+func changing(s Status) bool {
+	return slices.ContainsFunc(s.Problems, func(p Problem) bool { return p.Name == ProblemBoth })
+}
+
+func (b *Backends) look(ctx context.Context, which func(redirect.PodRef) bool) ([]Status, error) {
 	survey, err := loader.Look(ctx, b.node, which != nil)
 	rules, err2 := b.rules.Status(ctx, which)
 	return join(survey, rules), errors.Join(err, err2)

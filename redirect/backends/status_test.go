@@ -5,12 +5,15 @@
 package backends
 
 import (
+	"context"
 	"fmt"
 	"io/fs"
 	"net/netip"
 	"path/filepath"
 	"strings"
 	"testing"
+	"testing/synctest"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 	"golang.org/x/sys/unix"
@@ -403,4 +406,39 @@ func TestPrivilegedStatusStale(t *testing.T) {
 			t.Errorf("removed: %+v, %v", all, err)
 		}
 	}
+}
+
+// TestSettled: a change between the backends that is under way is no problem, one
+// that stays so is.
+func TestSettled(t *testing.T) {
+	between := []Status{{Problems: []Problem{{Name: ProblemBoth}}}}
+	after := []Status{{Problems: []Problem{{Name: ProblemNoListener}}}}
+	synctest.Test(t, func(t *testing.T) {
+		looks := 0
+		look := func(until int) func() ([]Status, error) {
+			looks = 0
+			return func() ([]Status, error) {
+				if looks++; looks > until {
+					return after, nil
+				}
+				return between, nil
+			}
+		}
+		for _, c := range []struct{ until, looks int }{{0, 1}, {1, 2}, {changeLooks, changeLooks}} {
+			start := time.Now()
+			want := after
+			if c.until == changeLooks {
+				want = between
+			}
+			got, err := settled(t.Context(), look(c.until))
+			if diff := cmp.Diff(want, got); diff != "" || err != nil || looks != c.looks || time.Since(start) > changeTime {
+				t.Errorf("over after %d looks: %d looks in %v, %v (-want +got):\n%s", c.until, looks, time.Since(start), err, diff)
+			}
+		}
+		ctx, cancel := context.WithCancel(t.Context())
+		cancel()
+		if got, _ := settled(ctx, look(changeLooks)); looks > 2 || len(got) != 1 {
+			t.Errorf("in spite of the end: %d looks, %v", looks, got)
+		}
+	})
 }

@@ -104,6 +104,17 @@ func (b *Backend) Ready(ctx context.Context) error {
 	return nil
 }
 
+// ReadyTC loads what only a pod with TC as its inbound hook needs, unless it is
+// loaded.
+func (b *Backend) ReadyTC(ctx context.Context) error {
+	d, err := loader.Open(ctx, b.opts)
+	if err != nil {
+		return err
+	}
+	defer d.Close()
+	return d.PrepareTC()
+}
+
 // Reason says why an Apply that failed by err leaves the pod to another backend.
 func Reason(err error) redirect.Reason {
 	r := redirect.Reason{Name: redirect.ReasonFailed, Text: "eBPF has failed: " + err.Error()}

@@ -26,6 +26,17 @@ labels:
   {{- include "shunt.labels" . | nindent 2 }}
 {{- end }}
 
+{{/* Of what is there to be seen; labels are further ones. */}}
+{{- define "shunt.monitoringMetadata" -}}
+name: {{ include "shunt.name" .root }}
+namespace: {{ .root.Release.Namespace }}
+labels:
+  {{- include "shunt.labels" .root | nindent 2 }}
+  {{- with .labels }}
+  {{- toYaml . | nindent 2 }}
+  {{- end }}
+{{- end }}
+
 {{- define "shunt.clusterMetadata" -}}
 name: {{ include "shunt.name" . }}
 labels:
