@@ -73,9 +73,9 @@ func newAgent(b *testing.B, runDir string) *agent {
 }
 
 // set lets the agent know a pod.
-func (a *agent) set(b *testing.B, p *testbed.Pod) {
+func (a *agent) set(b *testing.B, p *testbed.Pod, mutators ...testbed.PodMutator) {
 	b.Helper()
-	if err := a.api.SetJSON(p.Injected()); err != nil {
+	if err := a.api.SetJSON(p.Injected(mutators...)); err != nil {
 		b.Fatal(err)
 	}
 	testbed.Eventually(b, "the agent knows the pod", func() bool {
@@ -87,11 +87,6 @@ func (a *agent) set(b *testing.B, p *testbed.Pod) {
 		return false
 	})
 }
-
-// hide takes the socket away from where the plugin looks for it; show puts it
-// back.
-func (a *agent) hide(b *testing.B) { rename(b, a.socket, a.socket+".hidden") }
-func (a *agent) show(b *testing.B) { rename(b, a.socket+".hidden", a.socket) }
 
 func rename(b *testing.B, from, to string) {
 	b.Helper()

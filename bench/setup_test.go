@@ -3,6 +3,8 @@
 //go:build linux
 
 // Package bench measures what Shunt claims, as ratios within one run.
+//
+// With -short there are fewer cases and fewer rounds, of what claims are made of.
 package bench
 
 import (
@@ -10,55 +12,28 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
-	"slices"
 	"strings"
 	"testing"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"shunt.dev/shunt/internal/testbed"
 	"shunt.dev/shunt/loader"
-	"shunt.dev/shunt/redirect"
 	"shunt.dev/shunt/redirect/ebpf"
 	"shunt.dev/shunt/redirect/iptables"
 )
 
 func TestMain(m *testing.M) {
-	if os.Getenv(asAgent) != "" {
-		if err := runAgent(); err != nil {
-			fmt.Fprintln(os.Stderr, "agent:", err)
+	for env, run := range map[string]func() error{asAgent: runAgent, asTracer: runTracer, asTraffic: runTraffic} {
+		if os.Getenv(env) == "" {
+			continue
+		}
+		if err := run(); err != nil {
+			fmt.Fprintf(os.Stderr, "%s: %v\n", env, err)
 			os.Exit(1)
 		}
 		os.Exit(0)
 	}
 	testbed.Main(m)
-}
-
-// samples are durations of one thing.
-type samples []time.Duration
-
-func (s samples) median() time.Duration { return s.quantile(0.5) }
-
-func (s samples) quantile(q float64) time.Duration {
-	s = slices.Clone(s)
-	slices.Sort(s)
-	return s[int(q*float64(len(s)))]
-}
-
-// policy evaluates the bed's pod as the plugin does.
-func policy(tb testing.TB, p *testbed.Pod) *redirect.Policy {
-	tb.Helper()
-	pod, err := redirect.ParsePod(p.Injected())
-	if err != nil {
-		tb.Fatal(err)
-	}
-	cfg := redirect.DefaultConfig()
-	outcome, pol, err := cfg.Evaluate(pod)
-	if err != nil || pol == nil {
-		tb.Fatalf("evaluate: %+v, %v", outcome, err)
-	}
-	return pol
 }
 
 // restore runs an iptables-restore program in the pod's namespace.
@@ -79,107 +54,183 @@ func restore(p *testbed.Pod, program, input string) (took time.Duration, err err
 	return took, err
 }
 
-// tmpfs mounts one, which is what /run is everywhere.
-func tmpfs(b *testing.B) string {
-	dir := b.TempDir()
-	if err := unix.Mount("tmpfs", dir, "tmpfs", 0, "size=16m,mode=0700"); err != nil {
-		b.Fatalf("mount a tmpfs: %v", err)
-	}
-	b.Cleanup(func() {
-		if err := unix.Unmount(dir, 0); err != nil {
-			b.Errorf("unmount the tmpfs: %v", err)
-		}
-	})
-	return dir
+// A setupCase is a kind of pod that is programmed.
+type setupCase struct {
+	family, policy string
 }
 
-// BenchmarkKernelProgramming compares, pod by pod and turn by turn, all that
-// has to be done to a dual-stack pod once its facts are known: by eBPF, and by
-// one iptables-restore plus one ip6tables-restore of the equal rule set. Every
-// turn has fresh network namespaces and cgroups.
+// name is the record's: the operation, the way and the case.
+func (c setupCase) name(op string, w way) string {
+	return fmt.Sprintf("Setup/op=%s/path=%s/family=%s/policy=%s", op, w.name, c.family, c.policy)
+}
+
+func (c setupCase) options() []testbed.Option {
+	if c.family == "4" {
+		return []testbed.Option{testbed.NoIPv6()}
+	}
+	return nil
+}
+
+func (c setupCase) mutators() []testbed.PodMutator {
+	if c.policy == "cidrs200" {
+		return []testbed.PodMutator{cidrs(c.family)}
+	}
+	return nil
+}
+
+// BenchmarkKernelProgramming compares, turn by turn, all that has to be done to
+// a pod once its facts are known, by each way: Apply, Check and Remove of the
+// backends, in this process. Every turn has fresh network namespaces, made before
+// anything is measured, and another order.
+//
+// The metric iptables-nft/ebpf compares our own two backends. iptables/ebpf is
+// the older yardstick: one iptables-restore plus one ip6tables-restore of the equal
+// rule set, one after the other and nothing around them.
 func BenchmarkKernelProgramming(b *testing.B) {
 	testbed.Privileged(b)
-	w := testbed.NewWorld(b)
-	opts := loader.Options{BPFDir: testbed.BPFFS(b) + "/shunt", RunDir: tmpfs(b)}
-	backend := ebpf.New(opts)
-	steps := map[string]samples{}
-	add := func(step string, d time.Duration) { steps[step] = append(steps[step], d) }
-	timed := func(step string, f func() error) {
-		start := time.Now()
-		err := f()
-		add(step, time.Since(start))
-		if err != nil {
-			b.Fatalf("%s: %v", step, err)
-		}
+	n := newNode(b)
+	l := newLedger(b)
+	dual := setupCase{"dual", "small"}
+	cases := []setupCase{dual, {"4", "small"}, {"dual", "cidrs200"}, {"4", "cidrs200"}}
+	if testing.Short() {
+		cases = cases[:1]
 	}
+	perFamily := map[string]int{"dual": 1} // for the steps
+	for _, c := range cases {
+		perFamily[c.family] += len(ways)
+	}
+	crowds := map[string]*crowd{}
+	for family, size := range perFamily {
+		crowds[family] = n.crowd(b, size, setupCase{family: family}.options()...)
+	}
+	turns := 0
 	turn := func() {
-		p := testbed.NewPod(b, testbed.InWorld(w))
-		pol := policy(b, p)
-		target := redirect.Target{
-			Attachment: redirect.Attachment{ContainerID: p.ContainerID, IfName: "eth0"},
-			Netns:      p.NetnsPath(), Cgroup: p.CgroupPath(),
-			Pod: redirect.PodRef{Namespace: p.Namespace, Name: p.Name, UID: p.UID},
+		pods := map[string][]*testbed.Pod{}
+		for family, size := range perFamily {
+			pods[family] = crowds[family].fresh(b, size)
 		}
-		timed("ebpf", func() error { return backend.Apply(b.Context(), target, pol) })
-		timed("ebpf-remove", func() error { return backend.Remove(b.Context(), target.Attachment) })
-		target.Hook = redirect.HookTC
-		timed("tc", func() error { return backend.Apply(b.Context(), target, pol) })
-		timed("tc-remove", func() error { return backend.Remove(b.Context(), target.Attachment) })
-
-		// The same once more, step by step.
-		var ns *loader.Netns
-		var rs loader.Rules
-		var d *loader.Datapath
-		timed("step-netns", func() (err error) { ns, err = loader.OpenNetns(target.Netns); return err })
-		timed("step-compile", func() error { rs = ebpf.Compile(pol, ebpf.Net{Netns: ns}); return nil })
-		timed("step-open", func() (err error) { d, err = loader.Open(b.Context(), opts); return err })
-		timed("step-attach", func() error {
-			return d.Attach(loader.Target{
-				ID:    loader.ID{ContainerID: p.ContainerID, IfName: "eth0"},
-				Netns: ns, Cgroup: target.Cgroup, Pod: loader.PodRef(target.Pod),
-			}, rs)
-		})
-		d.Close()
-		ns.Close()
-		if err := backend.Remove(b.Context(), target.Attachment); err != nil {
-			b.Fatal(err)
+		next := func(family string) (p *testbed.Pod) {
+			p, pods[family] = pods[family][0], pods[family][1:]
+			return p
 		}
-
-		for _, x := range []struct {
-			program string
-			family  iptables.Family
-		}{{"iptables-restore", iptables.IPv4}, {"ip6tables-restore", iptables.IPv6}} {
-			took, err := restore(p, x.program, iptables.Render(pol, x.family))
-			if err != nil {
-				b.Fatal(err)
+		for _, c := range cases {
+			for i := range ways {
+				l.program(n, c, ways[(turns+i)%len(ways)], next(c.family))
 			}
-			add(x.program, took)
 		}
-		p.Destroy(b)
+		stepwise := next("dual")
+		l.steps(n, stepwise)
+		l.restore(stepwise)
+		turns++
 	}
-	// As on a node in use, one pod of each inbound hook is there already: the
-	// kernel patches its code when a hook gets its first program, and again
-	// when it loses its last.
-	for _, hook := range []redirect.Hook{redirect.HookSkLookup, redirect.HookTC} {
-		first := testbed.NewPod(b, testbed.InWorld(w))
-		err := backend.Apply(b.Context(), redirect.Target{
-			Hook:       hook,
-			Attachment: redirect.Attachment{ContainerID: first.ContainerID, IfName: "eth0"},
-			Netns:      first.NetnsPath(), Cgroup: first.CgroupPath(),
-		}, policy(b, first))
-		if err != nil {
-			b.Fatal(err)
-		}
-	}
-	turn() // warm caches
-	clear(steps)
+	turn()
+	l.warm = true
 	for b.Loop() {
+		if every(50, turns-1) {
+			progress("kernel programming: turn %d", turns)
+		}
 		turn()
 	}
-	iptables := steps["iptables-restore"].median() + steps["ip6tables-restore"].median()
-	b.ReportMetric(float64(iptables)/float64(steps["ebpf"].median()), "iptables/ebpf")
 	b.ReportMetric(0, "ns/op")
-	for name, s := range steps {
-		b.ReportMetric(float64(s.median().Microseconds()), name+"-µs")
+	first, nft := dual.name("add", ways[0]), dual.name("add", wayOf("iptables-nft"))
+	l.ratio("iptables-nft/ebpf", nft, 0.5, first, 0.5)
+	l.ratio("iptables/ebpf", "restore", 0.5, first, 0.5)
+	for _, w := range ways {
+		for _, op := range []string{"add", "check", "del"} {
+			l.micros(w.name+"-"+op, dual.name(op, w))
+		}
+	}
+	for _, s := range setupSteps {
+		l.micros("step-"+s, stepName(s))
+	}
+	l.micros("restore", "restore")
+}
+
+// program does to one pod, by one way, all that can be done.
+func (l *ledger) program(n *node, c setupCase, w way, p *testbed.Pod) {
+	l.Helper()
+	pol, t, backend := policy(l, p, c.mutators()...), target(w, p), n.backend(w)
+	for _, x := range []struct {
+		op string
+		do func() error
+	}{
+		{"add", func() error { return backend.Apply(l.Context(), t, pol) }},
+		{"check", func() error { return backend.Check(l.Context(), t) }},
+		{"del", func() error { return backend.Remove(l.Context(), t.Attachment) }},
+	} {
+		start := time.Now()
+		err := x.do()
+		took := time.Since(start)
+		if err != nil {
+			l.Fatalf("%s: %v", c.name(x.op, w), err)
+		}
+		l.add(c.name(x.op, w), took)
+	}
+}
+
+// setupSteps are those of the eBPF backend's Apply.
+var setupSteps = []string{"netns", "compile", "open", "attach"}
+
+func stepName(step string) string { return "Step/step=" + step + "/path=" + ways[0].name }
+
+// steps programs a pod by the first way, step by step: what the plugin learns in
+// the pod's network namespace; its policy as tables; the node's lock and the loaded
+// datapath; the record, the maps and the links.
+func (l *ledger) steps(n *node, p *testbed.Pod) {
+	l.Helper()
+	pol := policy(l, p)
+	var (
+		ns *loader.Netns
+		rs loader.Rules
+		d  *loader.Datapath
+	)
+	do := map[string]func() error{
+		"netns": func() (err error) { ns, err = loader.OpenNetns(p.NetnsPath()); return err },
+		"compile": func() (err error) {
+			if rs, err = ebpf.Tables(pol, ebpf.Net{Addrs: p.AllAddrs(), Netns: ns}); err != nil {
+				return err
+			}
+			rs.UID, rs.GID, err = ns.HostIDs(rs.UID, rs.GID, pol.HostUsers)
+			return err
+		},
+		"open": func() (err error) { d, err = loader.Open(l.Context(), n.ebpf()); return err },
+		"attach": func() error {
+			return d.Attach(loader.Target{
+				ID: loader.ID{ContainerID: p.ContainerID, IfName: "eth0"}, Netns: ns, Cgroup: p.CgroupPath(),
+				Pod: loader.PodRef{Namespace: p.Namespace, Name: p.Name, UID: p.UID}, InboundHook: loader.InboundHook(ways[0].hook),
+			}, rs)
+		},
+	}
+	for _, s := range setupSteps {
+		start := time.Now()
+		err := do[s]()
+		took := time.Since(start)
+		if err != nil {
+			l.Fatalf("%s: %v", s, err)
+		}
+		l.add(stepName(s), took)
+	}
+	d.Close()
+	ns.Close()
+	n.remove(l.B, ways[0], p)
+}
+
+// restore has the node's own programs put the policy's rules into a pod.
+func (l *ledger) restore(p *testbed.Pod) {
+	l.Helper()
+	pol := policy(l, p)
+	var both time.Duration
+	for _, x := range []struct {
+		program string
+		family  iptables.Family
+	}{{"iptables-restore", iptables.IPv4}, {"ip6tables-restore", iptables.IPv6}} {
+		took, err := restore(p, x.program, iptables.Render(pol, x.family))
+		if err != nil {
+			l.Fatal(err)
+		}
+		both += took
+	}
+	if l.warm { // of no record: it is no way of ours
+		l.kept["restore"] = append(l.kept["restore"], both)
 	}
 }

@@ -11,6 +11,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -479,6 +480,30 @@ func TestPrivilegedPods(t *testing.T) {
 		}
 		if r := p.World.Connect(t, ConnectSpec{Dst: netip.AddrPortFrom(old.Addr4(), 8080)}); r.Listener() != "app" {
 			t.Errorf("%+v", r)
+		}
+	})
+	t.Run("many new sandboxes", func(t *testing.T) {
+		w := NewWorld(t)
+		pods := []*Pod{NewPod(t, InWorld(w)), NewPod(t, InWorld(w), Interface("net1", []string{"10.9.0.1"}, nil))}
+		stays := NewPod(t, InWorld(w))
+		DestroyAll(t, pods...)
+		links, err := w.nl.LinkList()
+		if err != nil {
+			t.Fatal(err)
+		}
+		var left []string
+		for _, l := range links {
+			left = append(left, l.Attrs().Name)
+		}
+		if want := []string{"lo", stays.outside["eth0"]}; !slices.Equal(left, want) {
+			t.Errorf("the world has %q, want %q", left, want)
+		}
+		for _, old := range pods {
+			p := NewPod(t, SandboxOf(old))
+			p.StartApp(t, 8080)
+			if r := w.Connect(t, ConnectSpec{Dst: netip.AddrPortFrom(old.Addr4(), 8080)}); r.Listener() != "app" {
+				t.Errorf("%+v", r)
+			}
 		}
 	})
 	t.Run("cookie", func(t *testing.T) {
