@@ -95,7 +95,7 @@ func BenchmarkKernelProgramming(b *testing.B) {
 	if testing.Short() {
 		cases = cases[:1]
 	}
-	perFamily := map[string]int{"dual": 1} // for the steps
+	perFamily := map[string]int{"dual": 2} // for the steps and the floor
 	for _, c := range cases {
 		perFamily[c.family] += len(ways)
 	}
@@ -103,6 +103,7 @@ func BenchmarkKernelProgramming(b *testing.B) {
 	for family, size := range perFamily {
 		crowds[family] = n.crowd(b, size, setupCase{family: family}.options()...)
 	}
+	floor := l.newFloor(n)
 	turns := 0
 	turn := func() {
 		pods := map[string][]*testbed.Pod{}
@@ -121,6 +122,7 @@ func BenchmarkKernelProgramming(b *testing.B) {
 		stepwise := next("dual")
 		l.steps(n, stepwise)
 		l.restore(stepwise)
+		l.floor(floor, next("dual"))
 		turns++
 	}
 	turn()
@@ -135,6 +137,7 @@ func BenchmarkKernelProgramming(b *testing.B) {
 	first, nft := dual.name("add", ways[0]), dual.name("add", wayOf("iptables-nft"))
 	l.ratio("iptables-nft/ebpf", nft, 0.5, first, 0.5)
 	l.ratio("iptables/ebpf", "restore", 0.5, first, 0.5)
+	l.ratio("ebpf/floor", first, 0.5, floorName, 0.5)
 	for _, w := range ways {
 		for _, op := range []string{"add", "check", "del"} {
 			l.micros(w.name+"-"+op, dual.name(op, w))
@@ -144,6 +147,7 @@ func BenchmarkKernelProgramming(b *testing.B) {
 		l.micros("step-"+s, stepName(s))
 	}
 	l.micros("restore", "restore")
+	l.micros("floor", floorName)
 }
 
 // program does to one pod, by one way, all that can be done.
