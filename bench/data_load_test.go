@@ -115,7 +115,6 @@ func loadMain(cpu string) error {
 		} else if err != nil {
 			return fmt.Errorf("read order: %w", err)
 		}
-		runtime.GC()
 		var r report
 		cpu, start := threadCPU(), time.Now()
 		err := l.do(o, &r)
