@@ -20,8 +20,9 @@ import (
 type path string
 
 const (
-	// plain is a pod that nothing redirects, on a node where eBPF redirects
-	// nobody: its app dials the proxy's port itself. The floor.
+	// plain is a pod that nothing redirects: its app dials the proxy's port
+	// itself. The floor. Where there is outside, too, eBPF redirects nobody on
+	// the node meanwhile.
 	plain path = "plain"
 	// outside is the same pod, while others are redirected by eBPF.
 	outside  path = "outside"
@@ -102,7 +103,7 @@ func (n *node) pod(b *testing.B, by path, mutators ...testbed.PodMutator) *testb
 		Addrs: p.AllAddrs(), Running: true,
 	}
 	switch by {
-	case skLookup, tc:
+	case skLookup, tc: // Running: their listeners are found each time
 		if by == tc {
 			target.Hook = redirect.HookTC
 		}
@@ -121,11 +122,12 @@ func (n *node) pod(b *testing.B, by path, mutators ...testbed.PodMutator) *testb
 	return p
 }
 
-// attach has eBPF redirect its pods, or nobody on the node.
-func (n *node) attach(b *testing.B, on bool) {
+// attach has eBPF redirect its pods, or nobody on the node. It reports whether
+// that is a change.
+func (n *node) attach(b *testing.B, on bool) bool {
 	b.Helper()
 	if n.attached == on {
-		return
+		return false
 	}
 	n.attached = on
 	for _, a := range n.pods {
@@ -139,6 +141,7 @@ func (n *node) attach(b *testing.B, on bool) {
 			b.Fatal(err)
 		}
 	}
+	return true
 }
 
 // outbound gives lanes for a pod's own connections. On redirected paths the app
@@ -238,20 +241,24 @@ type measurement func(b *testing.B, l lane, family int) []value
 // records all, and reports the ratios of the medians to plain's.
 func (n *node) rounds(b *testing.B, lanes []lane, family int, name func(path) string, measure measurement) {
 	b.Helper()
+	bare := slices.ContainsFunc(lanes, func(l lane) bool { return l.path == outside })
 	for _, l := range lanes {
-		n.attach(b, l.path != plain)
 		l.check(b, family)
+		measure(b, l, family)
 	}
 	got := map[path][]float64{}
 	for round := 0; b.Loop(); round++ {
 		for i := range lanes {
 			l := lanes[(round+i)%len(lanes)]
-			n.attach(b, l.path != plain)
+			if n.attach(b, l.path != plain || !bare) {
+				measure(b, l, family) // what the change has done to the caches is nobody's
+			}
 			values := measure(b, l, family)
 			record(b, name(l.path), values...)
 			got[l.path] = append(got[l.path], values[0].v)
 		}
 	}
+	n.attach(b, true)
 	b.ReportMetric(0, "ns/op")
 	for p, all := range got {
 		if p != plain {

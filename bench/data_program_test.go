@@ -5,7 +5,6 @@
 package bench
 
 import (
-	"fmt"
 	"path/filepath"
 	"testing"
 
@@ -35,9 +34,9 @@ func (p *program) read(b *testing.B) (ns, runs float64) {
 }
 
 // BenchmarkProgram has the kernel count what the programs themselves cost: the
-// time of a run, and how many runs a connection (for getsockopt, a question)
-// takes. The kernel's two looks at the clock are in it, some tens of ns a run;
-// what it does to get to a program isn't.
+// time of a run, and how many runs a connection takes (of getsockopt, a
+// question), from connect to close, at both ends. In a run's time are the kernel's
+// two looks at the clock, some tens of ns; what it does to get to a program isn't.
 func BenchmarkProgram(b *testing.B) {
 	n := newDataNode(b)
 	out := n.outbound(b, nil, skLookup)[0]
@@ -49,6 +48,8 @@ func BenchmarkProgram(b *testing.B) {
 	}
 	b.Cleanup(func() { stats.Close() })
 
+	// measure has a lane run something, and looks at some programs meanwhile.
+	perConn := map[string][]float64{}
 	measure := func(l lane, family, connections int, server, client order, names ...string) func() {
 		programs := map[string]*program{}
 		for _, name := range names {
@@ -74,28 +75,28 @@ func BenchmarkProgram(b *testing.B) {
 				if runs == 0 {
 					b.Fatalf("%s hasn't run", name)
 				}
-				record(b, "Program/prog="+name, value{ns / runs, "ns/op"}, value{runs / float64(connections), "runs/conn"}, value{ns / float64(connections), "ns/conn"})
-				b.Logf("%s: %.0f ns, %.2f runs", name, ns/runs, runs/float64(connections))
+				conns := float64(connections)
+				record(b, "Program/prog="+name, value{ns / runs, "ns/op"}, value{runs / conns, "runs/conn"}, value{ns / conns, "ns/conn"})
+				perConn[name] = append(perConn[name], ns/conns)
 			}
 		}
 	}
-	c := times(300)
-	reset, await := order{Op: opReset, N: c}, order{Op: opAwait, N: c}
-	ask := times(3000)
-	row := order{Op: opConverse, N: c / 10, Writes: 32, Size: 1}
+	conns, questions := times(300), times(3000)
+	reset, await := order{Op: opReset, N: conns}, order{Op: opAwait, N: conns}
 	turns := []func(){
-		measure(out, 4, c, reset, await, bpf.ShuntProgShuntConnect4, bpf.ShuntProgShuntSockops),
-		measure(out, 6, c, reset, await, bpf.ShuntProgShuntConnect6),
-		measure(out, 4, ask, order{Op: opAsk, N: ask}, order{Op: opConverse, N: 1}, bpf.ShuntProgShuntGetsockopt),
-		measure(in[0], 4, c, reset, await, bpf.ShuntProgShuntSkLookup),
-		measure(in[1], 4, c, reset, await, bpf.ShuntProgShuntTc),
+		measure(out, 4, conns, reset, await, bpf.ShuntProgShuntConnect4, bpf.ShuntProgShuntSockops),
+		measure(out, 6, conns, reset, await, bpf.ShuntProgShuntConnect6),
+		measure(out, 4, questions, order{Op: opAsk, N: questions}, order{Op: opConverse, N: 1}, bpf.ShuntProgShuntGetsockopt),
+		measure(in[0], 4, conns, reset, await, bpf.ShuntProgShuntSkLookup),
+		measure(in[1], 4, conns, reset, await, bpf.ShuntProgShuntTc),
 	}
-	_ = row
-	_ = fmt.Sprint
 	for b.Loop() {
 		for _, turn := range turns {
 			turn()
 		}
 	}
 	b.ReportMetric(0, "ns/op")
+	for name, all := range perConn {
+		b.ReportMetric(middle(all), name+"-ns/conn")
+	}
 }

@@ -95,8 +95,8 @@ func BenchmarkData(b *testing.B) {
 		{"connect", measureConnect, 6},
 		{"connect-close", measureConnectClose, 6},
 		{"rtt", measureRTT, 5},
-		{"bulk", measureBulk, 4},
-		{"original-dst", measureAsk, 4},
+		{"bulk", measureBulk, 5},
+		{"original-dst", measureAsk, 5},
 	} {
 		for _, family := range families() {
 			b.Run(fmt.Sprintf("what=%s/family=%d", m.what, family), func(b *testing.B) {
