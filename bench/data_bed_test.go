@@ -50,9 +50,9 @@ type lane struct {
 	dials  map[int]netip.AddrPort // what the client connects to, by family
 }
 
-// A node has pods behind every path at once. Those of eBPF are taken out of its
+// A dataNode has pods behind every path at once. Those of eBPF are taken out of its
 // hands and given back while all of them work, as often as it is wanted.
-type node struct {
+type dataNode struct {
 	world    *testbed.World
 	opts     loader.Options
 	ebpf     *ebpf.Backend
@@ -65,10 +65,10 @@ type attachment struct {
 	policy *redirect.Policy
 }
 
-func newDataNode(b *testing.B) *node {
+func newDataNode(b *testing.B) *dataNode {
 	b.Helper()
 	testbed.Privileged(b)
-	n := &node{
+	n := &dataNode{
 		world:    testbed.NewWorld(b),
 		opts:     loader.Options{BPFDir: testbed.BPFFS(b) + "/shunt", RunDir: tmpfs(b)},
 		attached: true,
@@ -81,7 +81,7 @@ func newDataNode(b *testing.B) *node {
 }
 
 // pod makes a pod behind a path.
-func (n *node) pod(b *testing.B, by path, mutators ...testbed.PodMutator) *testbed.Pod {
+func (n *dataNode) pod(b *testing.B, by path, mutators ...testbed.PodMutator) *testbed.Pod {
 	b.Helper()
 	p := testbed.NewPod(b, testbed.InWorld(n.world))
 	if by == plain {
@@ -100,10 +100,12 @@ func (n *node) pod(b *testing.B, by path, mutators ...testbed.PodMutator) *testb
 		Attachment: redirect.Attachment{ContainerID: p.ContainerID, IfName: "eth0"},
 		Netns:      p.NetnsPath(), Cgroup: p.CgroupPath(),
 		Pod:   redirect.PodRef{Namespace: p.Namespace, Name: p.Name, UID: p.UID},
-		Addrs: p.AllAddrs(), Running: true,
+		Addrs: p.AllAddrs(),
+		// Attached again, it has its listener already.
+		Running: true,
 	}
 	switch by {
-	case skLookup, tc: // Running: their listeners are found each time
+	case skLookup, tc:
 		if by == tc {
 			target.Hook = redirect.HookTC
 		}
@@ -124,7 +126,7 @@ func (n *node) pod(b *testing.B, by path, mutators ...testbed.PodMutator) *testb
 
 // attach has eBPF redirect its pods, or nobody on the node. It reports whether
 // that is a change.
-func (n *node) attach(b *testing.B, on bool) bool {
+func (n *dataNode) attach(b *testing.B, on bool) bool {
 	b.Helper()
 	if n.attached == on {
 		return false
@@ -146,7 +148,7 @@ func (n *node) attach(b *testing.B, on bool) bool {
 
 // outbound gives lanes for a pod's own connections. On redirected paths the app
 // dials an address that nobody has.
-func (n *node) outbound(b *testing.B, mutators []testbed.PodMutator, paths ...path) (lanes []lane) {
+func (n *dataNode) outbound(b *testing.B, mutators []testbed.PodMutator, paths ...path) (lanes []lane) {
 	b.Helper()
 	var ready lane
 	for _, by := range paths {
@@ -194,7 +196,7 @@ func loopback(port uint16) map[int]netip.AddrPort {
 
 // inbound gives lanes for connections from another netns to the app's port,
 // where on the plain path the proxy listens itself.
-func (n *node) inbound(b *testing.B, paths ...path) (lanes []lane) {
+func (n *dataNode) inbound(b *testing.B, paths ...path) (lanes []lane) {
 	b.Helper()
 	client := loadOutside(b, n.world)
 	for _, by := range paths {
@@ -239,7 +241,7 @@ type measurement func(b *testing.B, l lane, family int) []value
 
 // rounds measures every lane once a round, each time beginning with another one,
 // records all, and reports the ratios of the medians to plain's.
-func (n *node) rounds(b *testing.B, lanes []lane, family int, name func(path) string, measure measurement) {
+func (n *dataNode) rounds(b *testing.B, lanes []lane, family int, name func(path) string, measure measurement) {
 	b.Helper()
 	bare := slices.ContainsFunc(lanes, func(l lane) bool { return l.path == outside })
 	for _, l := range lanes {
