@@ -5,14 +5,20 @@
 package bench
 
 import (
+	"io"
 	"net/netip"
+	"os"
 	"slices"
 	"testing"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/asm"
+	"github.com/cilium/ebpf/link"
 
 	"shunt.dev/shunt/internal/testbed"
 	"shunt.dev/shunt/loader"
 	"shunt.dev/shunt/redirect"
-	"shunt.dev/shunt/redirect/ebpf"
+	backend "shunt.dev/shunt/redirect/ebpf"
 	"shunt.dev/shunt/redirect/iptables"
 )
 
@@ -33,6 +39,9 @@ const (
 	// direct is the proxy's own way to its app, at loopback, in a pod that
 	// eBPF redirects: it is looked at, and let alone.
 	direct path = "direct"
+	// hooks is a pod like plain's, with programs at the hooks that do nothing:
+	// what no program there can fall short of.
+	hooks path = "ebpf-empty"
 )
 
 const (
@@ -55,9 +64,11 @@ type lane struct {
 type dataNode struct {
 	world    *testbed.World
 	opts     loader.Options
-	ebpf     *ebpf.Backend
+	backend  *backend.Backend
 	attached bool
-	pods     []attachment // behind eBPF
+	pods     []attachment   // behind eBPF
+	empty    []*testbed.Pod // with empty programs
+	detach   []func()       // takes those away
 }
 
 type attachment struct {
@@ -73,10 +84,15 @@ func newDataNode(b *testing.B) *dataNode {
 		opts:     loader.Options{BPFDir: testbed.BPFFS(b) + "/shunt", RunDir: tmpfs(b)},
 		attached: true,
 	}
-	n.ebpf = ebpf.New(n.opts)
-	if err := n.ebpf.Ready(b.Context()); err != nil {
+	n.backend = backend.New(n.opts)
+	if err := n.backend.Ready(b.Context()); err != nil {
 		b.Fatal(err)
 	}
+	b.Cleanup(func() {
+		for _, detach := range n.detach {
+			detach()
+		}
+	})
 	return n
 }
 
@@ -84,7 +100,12 @@ func newDataNode(b *testing.B) *dataNode {
 func (n *dataNode) pod(b *testing.B, by path, mutators ...testbed.PodMutator) *testbed.Pod {
 	b.Helper()
 	p := testbed.NewPod(b, testbed.InWorld(n.world))
-	if by == plain {
+	switch by {
+	case plain:
+		return p
+	case hooks:
+		n.empty = append(n.empty, p)
+		n.detach = append(n.detach, attachNothing(b, p))
 		return p
 	}
 	pod, err := redirect.ParsePod(p.Injected(mutators...))
@@ -109,7 +130,7 @@ func (n *dataNode) pod(b *testing.B, by path, mutators ...testbed.PodMutator) *t
 		if by == tc {
 			target.Hook = redirect.HookTC
 		}
-		err = n.ebpf.Apply(b.Context(), target, policy)
+		err = n.backend.Apply(b.Context(), target, policy)
 		n.pods = append(n.pods, attachment{target, policy})
 	case nft, legacy:
 		mode := iptables.NFT
@@ -124,6 +145,55 @@ func (n *dataNode) pod(b *testing.B, by path, mutators ...testbed.PodMutator) *t
 	return p
 }
 
+// attachNothing attaches programs that do nothing to the hooks that a redirected
+// connection passes: as many, in the same order. It gives what takes them away.
+func attachNothing(b *testing.B, p *testbed.Pod) (detach func()) {
+	b.Helper()
+	netns, err := os.Open(p.NetnsPath())
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer netns.Close()
+	var closers []io.Closer
+	for _, h := range []struct {
+		program ebpf.ProgramType
+		attach  ebpf.AttachType
+	}{
+		{ebpf.CGroupSockAddr, ebpf.AttachCGroupInet4Connect},
+		{ebpf.CGroupSockAddr, ebpf.AttachCGroupInet6Connect},
+		{ebpf.SockOps, ebpf.AttachCGroupSockOps},
+		{ebpf.CGroupSockopt, ebpf.AttachCGroupGetsockopt},
+		{ebpf.SkLookup, ebpf.AttachSkLookup},
+		{ebpf.SkLookup, ebpf.AttachSkLookup},
+	} {
+		prog, err := ebpf.NewProgram(&ebpf.ProgramSpec{
+			Name: "nothing", Type: h.program, AttachType: h.attach, License: "Dual BSD/GPL",
+			Instructions: asm.Instructions{asm.Mov.Imm(asm.R0, 1), asm.Return()}, // go on
+		})
+		if err != nil {
+			b.Fatalf("load an empty program for %v: %v", h.attach, err)
+		}
+		defer prog.Close()
+		var l io.Closer
+		if h.program == ebpf.SkLookup {
+			l, err = link.AttachNetNs(int(netns.Fd()), prog)
+		} else {
+			l, err = link.AttachCgroup(link.CgroupOptions{Path: p.CgroupPath(), Attach: h.attach, Program: prog})
+		}
+		if err != nil {
+			b.Fatalf("attach an empty program to %v: %v", h.attach, err)
+		}
+		closers = append(closers, l)
+	}
+	return func() {
+		for _, c := range closers {
+			if err := c.Close(); err != nil {
+				b.Errorf("detach an empty program: %v", err)
+			}
+		}
+	}
+}
+
 // attach has eBPF redirect its pods, or nobody on the node. It reports whether
 // that is a change.
 func (n *dataNode) attach(b *testing.B, on bool) bool {
@@ -132,12 +202,21 @@ func (n *dataNode) attach(b *testing.B, on bool) bool {
 		return false
 	}
 	n.attached = on
+	for _, detach := range n.detach {
+		detach()
+	}
+	n.detach = nil
+	if on {
+		for _, p := range n.empty {
+			n.detach = append(n.detach, attachNothing(b, p))
+		}
+	}
 	for _, a := range n.pods {
 		var err error
 		if on {
-			err = n.ebpf.Apply(b.Context(), a.target, a.policy)
+			err = n.backend.Apply(b.Context(), a.target, a.policy)
 		} else {
-			err = n.ebpf.Remove(b.Context(), a.target.Attachment)
+			err = n.backend.Remove(b.Context(), a.target.Attachment)
 		}
 		if err != nil {
 			b.Fatal(err)
@@ -165,7 +244,7 @@ func (n *dataNode) outbound(b *testing.B, mutators []testbed.PodMutator, paths .
 			l.pod = n.pod(b, skLookup, mutators...)
 			l.client = loadIn(b, l.pod, "proxy", testbed.ProxyUID, testbed.ProxyGID)
 			l.server = loadIn(b, l.pod, "app", testbed.AppUID, testbed.AppGID)
-		case plain:
+		case plain, hooks:
 			l.dials = loopback(proxyPort)
 			fallthrough
 		default:
@@ -231,7 +310,7 @@ func (l lane) check(b *testing.B, family int) {
 	b.Helper()
 	got, _ := l.run(b, family, order{Op: opAsk, N: 1}, order{Op: opConverse, N: 1})
 	want := l.dials[family]
-	if got.Dst != want && (got.Dst.IsValid() || !slices.Contains([]path{plain, outside, direct}, l.path)) {
+	if got.Dst != want && (got.Dst.IsValid() || !slices.Contains([]path{plain, outside, direct, hooks}, l.path)) {
 		b.Fatalf("%s: the original destination is %v, not %v", l.path, got.Dst, want)
 	}
 }

@@ -86,14 +86,14 @@ func families() []int {
 // of the throughput.
 func BenchmarkData(b *testing.B) {
 	n := newDataNode(b)
-	lanes := n.outbound(b, nil, plain, skLookup, nft, legacy, outside, direct)
+	lanes := n.outbound(b, nil, plain, skLookup, nft, legacy, outside, hooks, direct)
 	for _, m := range []struct {
 		what    string
 		measure measurement
 		paths   int // so many of the lanes
 	}{
-		{"connect", measureConnect, 6},
-		{"connect-close", measureConnectClose, 6},
+		{"connect", measureConnect, 7},
+		{"connect-close", measureConnectClose, 7},
 		{"rtt", measureRTT, 5},
 		{"bulk", measureBulk, 5},
 		{"original-dst", measureAsk, 5},
