@@ -57,6 +57,7 @@ type lane struct {
 	server *worker
 	port   int                    // where the server listens
 	dials  map[int]netip.AddrPort // what the client connects to, by family
+	spread bool                   // and their neighbours
 }
 
 // A dataNode has pods behind every path at once. Those of eBPF are taken out of its
@@ -137,6 +138,9 @@ func (n *dataNode) pod(b *testing.B, by path, mutators ...testbed.PodMutator) *t
 		if by == legacy {
 			mode = iptables.Legacy
 		}
+		// Else ended connections by the hundred thousand stay for 10 s, which
+		// no pod has, and make looking among them slow.
+		defer p.Sysctl(b, "net.netfilter.nf_conntrack_tcp_timeout_close", "1")
 		err = iptables.New(iptables.Options{RunDir: b.TempDir(), Mode: mode}).Apply(b.Context(), target, policy)
 	}
 	if err != nil {
@@ -194,12 +198,11 @@ func attachNothing(b *testing.B, p *testbed.Pod) (detach func()) {
 	}
 }
 
-// attach has eBPF redirect its pods, or nobody on the node. It reports whether
-// that is a change.
-func (n *dataNode) attach(b *testing.B, on bool) bool {
+// attach has eBPF redirect its pods, or nobody on the node.
+func (n *dataNode) attach(b *testing.B, on bool) {
 	b.Helper()
 	if n.attached == on {
-		return false
+		return
 	}
 	n.attached = on
 	for _, detach := range n.detach {
@@ -222,7 +225,6 @@ func (n *dataNode) attach(b *testing.B, on bool) bool {
 			b.Fatal(err)
 		}
 	}
-	return true
 }
 
 // outbound gives lanes for a pod's own connections. On redirected paths the app
@@ -231,7 +233,7 @@ func (n *dataNode) outbound(b *testing.B, mutators []testbed.PodMutator, paths .
 	b.Helper()
 	var ready lane
 	for _, by := range paths {
-		l := lane{path: by, port: proxyPort, dials: map[int]netip.AddrPort{4: farAway4, 6: farAway6}}
+		l := lane{path: by, port: proxyPort, dials: map[int]netip.AddrPort{4: farAway4, 6: farAway6}, spread: true}
 		switch by {
 		case outside:
 			l = ready
@@ -240,12 +242,12 @@ func (n *dataNode) outbound(b *testing.B, mutators []testbed.PodMutator, paths .
 			continue
 		case direct:
 			l.port = appPort
-			l.dials = loopback(appPort)
+			l.dials, l.spread = loopback(appPort), false
 			l.pod = n.pod(b, skLookup, mutators...)
 			l.client = loadIn(b, l.pod, "proxy", testbed.ProxyUID, testbed.ProxyGID)
 			l.server = loadIn(b, l.pod, "app", testbed.AppUID, testbed.AppGID)
 		case plain, hooks:
-			l.dials = loopback(proxyPort)
+			l.dials, l.spread = loopback(proxyPort), false
 			fallthrough
 		default:
 			l.pod = n.pod(b, by, mutators...)
@@ -298,7 +300,7 @@ func (n *dataNode) inbound(b *testing.B, paths ...path) (lanes []lane) {
 func (l lane) run(b *testing.B, family int, server, client order) (atServer, atClient report) {
 	b.Helper()
 	server.Port = l.port
-	client.Dst = l.dials[family]
+	client.Dst, client.Spread = l.dials[family], l.spread
 	l.server.order(b, server)
 	atClient = l.client.do(b, client)
 	return l.server.report(b), atClient
@@ -325,15 +327,12 @@ func (n *dataNode) rounds(b *testing.B, lanes []lane, family int, name func(path
 	bare := slices.ContainsFunc(lanes, func(l lane) bool { return l.path == outside })
 	for _, l := range lanes {
 		l.check(b, family)
-		measure(b, l, family)
 	}
 	got := map[path][]float64{}
 	for round := 0; b.Loop(); round++ {
 		for i := range lanes {
 			l := lanes[(round+i)%len(lanes)]
-			if n.attach(b, l.path != plain || !bare) {
-				measure(b, l, family) // what the change has done to the caches is nobody's
-			}
+			n.attach(b, l.path != plain || !bare)
 			values := measure(b, l, family)
 			record(b, name(l.path), values...)
 			got[l.path] = append(got[l.path], values[0].v)

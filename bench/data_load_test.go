@@ -61,7 +61,7 @@ const (
 	opAnswer   = "answer"   // accept one; whenever Every bytes have come, send one
 	opAsk      = "ask"      // accept one, ask N times for its original destination, send a byte
 	opConnect  = "connect"  // connect N sockets to Dst; then reset them all
-	opAwait    = "await"    // connect N times to Dst, each time until the other end resets
+	opAwait    = "await"    // connect N times to Dst, each time wait for the reset
 	opConverse = "converse" // connect, and N times: write Writes times Size bytes, read one
 )
 
@@ -70,6 +70,7 @@ type order struct {
 	Op     string
 	Port   int
 	Dst    netip.AddrPort
+	Spread bool // connect, await: to 250 addresses, Dst with other last bytes
 	N      int
 	Every  int
 	Writes int
@@ -143,14 +144,11 @@ func (l *load) do(o order, r *report) error {
 	case opListen:
 		return l.listen(o.Port)
 	case opReset:
-		for range o.N {
+		return o.times(r, func(int) error {
 			fd, err := l.accept(o.Port)
-			if err != nil {
-				return err
-			}
 			closeFD(fd)
-		}
-		return nil
+			return err
+		})
 	case opAnswer:
 		return l.answer(o, r)
 	case opAsk:
@@ -158,11 +156,29 @@ func (l *load) do(o order, r *report) error {
 	case opConnect:
 		return l.connect(o, r)
 	case opAwait:
-		return l.await(o)
+		return l.await(o, r)
 	case opConverse:
 		return l.converse(o, r)
 	}
 	return fmt.Errorf("no such operation")
+}
+
+// times does one N/8 times first, for the caches, and then N times, which is
+// measured.
+func (o order) times(r *report, one func(i int) error) error {
+	warm := o.N / 8
+	var cpu time.Duration
+	var start time.Time
+	for i := range warm + o.N {
+		if i == warm {
+			cpu, start = threadCPU(), time.Now()
+		}
+		if err := one(i); err != nil {
+			return err
+		}
+	}
+	r.Took, r.CPU = time.Since(start), threadCPU()-cpu
+	return nil
 }
 
 func (l *load) listen(port int) error {
@@ -260,6 +276,19 @@ func (p peer) connect(fd int) error {
 	return err
 }
 
+// turn goes on to the i-th of the addresses to connect to, if they are several.
+// Connection tracking knows an ended connection for seconds, and what it has
+// decided for it: the same client port must not come again with the same address.
+func (p peer) turn(o order, i int) {
+	if o.Spread {
+		last := unix.SizeofSockaddrInet4 - 9 // of the address
+		if p.domain == unix.AF_INET6 {
+			last = unix.SizeofSockaddrInet6 - 5
+		}
+		p.raw[last] = byte(1 + i%250)
+	}
+}
+
 // connect finds how long connect itself takes. Nobody accepts meanwhile: on
 // loopback a handshake needs nobody.
 func (l *load) connect(o order, r *report) error {
@@ -270,7 +299,7 @@ func (l *load) connect(o order, r *report) error {
 			closeFD(fd)
 		}
 	}()
-	for range o.N {
+	for range o.N + o.N/8 {
 		fd, err := to.socket()
 		if err != nil {
 			return err
@@ -280,23 +309,20 @@ func (l *load) connect(o order, r *report) error {
 			return err
 		}
 	}
-	cpu, start := threadCPU(), time.Now()
-	for _, fd := range l.socks {
-		if err := to.connect(fd); err != nil {
-			return err
-		}
-	}
-	r.Took, r.CPU = time.Since(start), threadCPU()-cpu
-	return nil
+	return o.times(r, func(i int) error {
+		to.turn(o, i)
+		return to.connect(l.socks[i])
+	})
 }
 
-func (l *load) await(o order) error {
+func (l *load) await(o order, r *report) error {
 	to := peerOf(o.Dst)
-	for range o.N {
+	return o.times(r, func(i int) error {
 		fd, err := to.socket()
 		if err != nil {
 			return err
 		}
+		to.turn(o, i)
 		if err := to.connect(fd); err != nil {
 			return err
 		}
@@ -304,11 +330,10 @@ func (l *load) await(o order) error {
 			return fmt.Errorf("no reset comes, but %d bytes, %v", n, err)
 		}
 		closeFD(fd)
-	}
-	return nil
+		return nil
+	})
 }
 
-// converse leaves the first eighth out of the measurement.
 func (l *load) converse(o order, r *report) error {
 	to := peerOf(o.Dst)
 	fd, err := to.socket()
@@ -325,28 +350,17 @@ func (l *load) converse(o order, r *report) error {
 	if err := to.connect(fd); err != nil {
 		return err
 	}
-	exchange := func(n int) error {
-		for range n {
-			for range o.Writes {
-				if err := l.write(fd, o.Size); err != nil {
-					return err
-				}
-			}
-			if n, err := l.read(fd, 1); n != 1 {
-				return fmt.Errorf("no answer comes, but %d bytes, %v", n, err)
+	return o.times(r, func(int) error {
+		for range o.Writes {
+			if err := l.write(fd, o.Size); err != nil {
+				return err
 			}
 		}
+		if n, err := l.read(fd, 1); n != 1 {
+			return fmt.Errorf("no answer comes, but %d bytes, %v", n, err)
+		}
 		return nil
-	}
-	if err := exchange(o.N / 8); err != nil {
-		return err
-	}
-	cpu, start := threadCPU(), time.Now()
-	if err := exchange(o.N); err != nil {
-		return err
-	}
-	r.Took, r.CPU = time.Since(start), threadCPU()-cpu
-	return nil
+	})
 }
 
 func (l *load) answer(o order, r *report) error {
@@ -394,7 +408,7 @@ func (l *load) ask(o order, r *report) error {
 		level = unix.SOL_IPV6
 	}
 	var answer [unix.SizeofSockaddrInet6]byte
-	size := uint32(len(answer))
+	var size uint32
 	var errno unix.Errno
 	cpu, start := threadCPU(), time.Now()
 	for range o.N {

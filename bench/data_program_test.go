@@ -81,14 +81,14 @@ func BenchmarkProgram(b *testing.B) {
 			}
 		}
 	}
-	conns, questions := times(300), times(3000)
+	conns, questions := times(300)/8*8, times(3000)
 	reset, await := order{Op: opReset, N: conns}, order{Op: opAwait, N: conns}
 	turns := []func(){
-		measure(out, 4, conns, reset, await, bpf.ShuntProgShuntConnect4, bpf.ShuntProgShuntSockops),
-		measure(out, 6, conns, reset, await, bpf.ShuntProgShuntConnect6),
+		measure(out, 4, conns+conns/8, reset, await, bpf.ShuntProgShuntConnect4, bpf.ShuntProgShuntSockops),
+		measure(out, 6, conns+conns/8, reset, await, bpf.ShuntProgShuntConnect6),
 		measure(out, 4, questions, order{Op: opAsk, N: questions}, order{Op: opConverse, N: 1}, bpf.ShuntProgShuntGetsockopt),
-		measure(in[0], 4, conns, reset, await, bpf.ShuntProgShuntSkLookup),
-		measure(in[1], 4, conns, reset, await, bpf.ShuntProgShuntTc),
+		measure(in[0], 4, conns+conns/8, reset, await, bpf.ShuntProgShuntSkLookup),
+		measure(in[1], 4, conns+conns/8, reset, await, bpf.ShuntProgShuntTc),
 	}
 	for b.Loop() {
 		for _, turn := range turns {

@@ -27,7 +27,7 @@ func per(d time.Duration, n int) time.Duration { return d / time.Duration(n) }
 // done in the call: the proxy accepts when all that is over.
 func measureConnect(b *testing.B, l lane, family int) []value {
 	n := times(400)
-	client := l.client.do(b, order{Op: opConnect, Dst: l.dials[family], N: n})
+	client := l.client.do(b, order{Op: opConnect, Dst: l.dials[family], Spread: l.spread, N: n})
 	l.server.do(b, order{Op: opReset, Port: l.port, N: n})
 	return []value{nsPerOp(per(client.Took, n)), cpuPerOp(per(client.CPU, n))}
 }
