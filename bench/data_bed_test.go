@@ -138,13 +138,15 @@ func (n *dataNode) pod(b *testing.B, by path, mutators ...testbed.PodMutator) *t
 		if by == legacy {
 			mode = iptables.Legacy
 		}
-		// Else ended connections by the hundred thousand stay for 10 s, which
-		// no pod has, and make looking among them slow.
-		defer p.Sysctl(b, "net.netfilter.nf_conntrack_tcp_timeout_close", "1")
 		err = iptables.New(iptables.Options{RunDir: b.TempDir(), Mode: mode}).Apply(b.Context(), target, policy)
 	}
 	if err != nil {
 		b.Fatalf("%s: %v", by, err)
+	}
+	if by == nft || by == legacy {
+		// Else ended connections by the hundred thousand stay for 10 s, which
+		// no pod has, and make looking among them slow.
+		p.Sysctl(b, "net.netfilter.nf_conntrack_tcp_timeout_close", "1")
 	}
 	return p
 }
