@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"slices"
 	"strconv"
 	"strings"
@@ -128,13 +129,21 @@ func judgeGates(out io.Writer, gates []gate, s, printed *samples) error {
 		}
 		of := ""
 		if len(runs) > 1 {
-			of = fmt.Sprintf(", the median of %d runs (%.3g to %.3g)", len(runs), slices.Min(runs), slices.Max(runs))
+			of = fmt.Sprintf(", the median of %d runs (%s to %s)", len(runs), four(slices.Min(runs)), four(slices.Max(runs)))
 		}
 		if !met {
-			errs = append(errs, fmt.Errorf("%s is %.4g, not %s %g%s", g, got, sign, g.bound, of))
+			errs = append(errs, fmt.Errorf("%s is %s, not %s %g%s", g, four(got), sign, g.bound, of))
 			continue
 		}
-		fmt.Fprintf(out, "gate  %s: %.4g %s %g%s\n", g, got, sign, g.bound, of)
+		fmt.Fprintf(out, "gate  %s: %s %s %g%s\n", g, four(got), sign, g.bound, of)
 	}
 	return errors.Join(errs...)
+}
+
+// four gives a number four significant digits, or all before its point.
+func four(v float64) string {
+	if math.Abs(v) >= 1e4 {
+		return strconv.FormatFloat(v, 'f', 0, 64)
+	}
+	return strconv.FormatFloat(v, 'g', 4, 64)
 }

@@ -111,7 +111,7 @@ func (b *builder) run(noise []string) {
 		}
 	}
 	if took > 0 {
-		b.row("it took", fmt.Sprintf("%.0f minutes", math.Ceil(took/60)))
+		b.row("it took", fmt.Sprintf("%.0f min", math.Ceil(took/60)))
 	}
 	for _, x := range b.s.series {
 		if x.base() == machineBase {
