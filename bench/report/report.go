@@ -538,7 +538,7 @@ func (b *builder) data() {
 			bars("Outbound connections, IPv4", "relative to a plain loopback dial of the proxy, median and its interval", 1, groups))
 	}
 	b.say("Medians, and the ratio to a plain loopback dial of the proxy, by a pod on a node where nothing is redirected; ≈1 where the two can't be told apart. " +
-		"outside: the same while eBPF redirects other pods. direct: the proxy's own dial of its app in a redirected pod.")
+		"outside: the same while eBPF redirects other pods. ebpf-empty: programs that do nothing, at the same hooks. direct: the proxy's own dial of its app in a redirected pod.")
 	for _, u := range b.units("Data") {
 		b.say("**%s**%s", capital(unitName(u)), rateRemark(u))
 		b.pivot(b.s.of("Data", u), "plain")

@@ -37,7 +37,7 @@ var colours = []struct{ light, dark string }{
 // colourOf lets a path have the same colour in every plot.
 var colourOf = map[string]int{
 	"ebpf-sk_lookup": 0, "ebpf-tc": 7, "iptables-nft": 1, "iptables-legacy": 3,
-	"null": 4, "plain": 4, "reference": 5, "not-in-mesh": 2, "outside": 2, "excluded": 6, "direct": 8,
+	"null": 4, "plain": 4, "reference": 5, "not-in-mesh": 2, "outside": 2, "excluded": 6, "ebpf-empty": 6, "direct": 8,
 }
 
 func colour(path string, i int) int {
