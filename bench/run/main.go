@@ -69,7 +69,7 @@ var gated = []struct {
 	runs            int
 }{
 	{"KernelProgramming", "50x", 5},
-	{"AddProcess", "50x", 5},
+	{"AddProcess", "30x", 5},
 	{"Data", "20x", 3},
 	{"StormKernel", "50x", 3},
 	{"Storm", "50x", 3},
