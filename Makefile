@@ -13,6 +13,9 @@ RUN      ?=
 COUNT    ?= 1
 BENCH    ?= .
 BENCHTIME ?= 200x
+# 1 to have `make bench` run fewer cases, and json to have it print that.
+SHORT    ?=
+OUTPUT   ?= text
 DEMO     ?=
 # Of `make e2e`: how the node has its cgroups.
 MODES    ?= v2 hybrid
@@ -99,12 +102,12 @@ fuzz: ## fuzz each parser for FUZZTIME
 	@scripts/fuzz.sh $(FUZZTIME)
 
 .PHONY: bench
-bench: deps-test need-root ## run the benchmarks of bench/ (root)
-	$(GO) test -run '^$$' -bench '$(BENCH)' -benchtime $(BENCHTIME) -count $(COUNT) -timeout 30m ./bench/
+bench: deps-test need-root ## run the benchmarks of bench/ and report: docs/BENCHMARKS.md, bin/bench/report.html (root)
+	@$(GO) run ./bench/run -go '$(GO)' -dir $(BIN)/bench -bench '$(BENCH)' -benchtime $(BENCHTIME) -count $(COUNT) $(if $(SHORT),-short) -o $(OUTPUT)
 
 .PHONY: bench-gate
-bench-gate: ## the same, what has a gate five times, and fail unless the medians are good (root)
-	@{ $(MAKE) bench COUNT=1 && $(MAKE) bench BENCH='KernelProgramming|AddProcess' COUNT=4; } | $(GO) run ./internal/ci/benchgate .ci/bench-gates
+bench-gate: deps-test need-root ## fail unless the benchmarks show what .ci/bench-gates asks for (root)
+	@$(GO) run ./bench/run -go '$(GO)' -dir $(BIN)/bench -gate
 
 .PHONY: lint
 lint: deps-lint ## check the style of everything
