@@ -125,7 +125,7 @@ func Trace(opts Options, filter TraceFilter) (_ *Tracer, err error) {
 	}
 	defer func() {
 		if err != nil {
-			t.free()
+			err = errors.Join(err, t.free())
 		}
 	}()
 	t.ring, err = ebpf.NewMap(&ebpf.MapSpec{Name: "shunt_trace", Type: ebpf.RingBuf, MaxEntries: cmp.Or(filter.Ring, traceRing)})
