@@ -100,10 +100,10 @@ func tell(d *loader.Decision) string {
 	return s
 }
 
-// by is what tell says of a connection that an actor makes.
-func (p *pod) by(t testing.TB, a *testbed.Actor, proto, dst string, v redirect.Verdict, r redirect.Rule, refused ...string) string {
+// by is what tell says of a TCP connection that an actor makes.
+func (p *pod) by(t testing.TB, a *testbed.Actor, dst string, v redirect.Verdict, r redirect.Rule, refused ...string) string {
 	t.Helper()
-	return p.byProcess(t, a, a.PID, proto, dst, v, r, refused...)
+	return p.byProcess(t, a, a.PID, "tcp", dst, v, r, refused...)
 }
 
 // byProcess: one that has an actor's socket.
@@ -163,7 +163,7 @@ func testTrace(t *testing.T, n *node) {
 			{c.app.Actor, family.resolver, dns, redirect.RuleOutDNS},
 		} {
 			x.by.Connect(t, testbed.ConnectSpec{Dst: ap(x.dst), Abort: true})
-			expectTraced(t, x.dst, tracer, p.by(t, x.by, "tcp", x.dst, x.v, x.r))
+			expectTraced(t, x.dst, tracer, p.by(t, x.by, x.dst, x.v, x.r))
 		}
 
 		// Datagrams: by sendto, and by connect, after which send decides nothing.
@@ -221,7 +221,7 @@ func TestPrivilegedTraceRefused(t *testing.T) {
 	if r := c.app.Dial(t, "[fd99::1]:80"); r.Errno != "ENETUNREACH" {
 		t.Errorf("to IPv6 in a pod without: %q", r.Errno)
 	}
-	expectTraced(t, "no source", tracer, p.by(t, c.app.Actor, "tcp", "[fd99::1]:80", out, rule, "connect no-source ENETUNREACH"))
+	expectTraced(t, "no source", tracer, p.by(t, c.app.Actor, "[fd99::1]:80", out, rule, "connect no-source ENETUNREACH"))
 
 	// A backlog takes one more than it is asked for; then handshakes stay under way.
 	var stuck []int
@@ -234,10 +234,10 @@ func TestPrivilegedTraceRefused(t *testing.T) {
 		r := c.app.Connect(t, testbed.ConnectSpec{Dst: ap("10.99.1.1:80"), Nonblock: true, Keep: true, NoGreeting: true, Timeout: time.Millisecond})
 		stuck = append(stuck, r.Sock)
 		if r.Errno == "EPERM" {
-			expectTraced(t, "no room", tracer, p.by(t, c.app.Actor, "tcp", "10.99.1.1:80", out, rule, "connect room EAGAIN"))
+			expectTraced(t, "no room", tracer, p.by(t, c.app.Actor, "10.99.1.1:80", out, rule, "connect room EAGAIN"))
 			return
 		}
-		expectTraced(t, "room", tracer, p.by(t, c.app.Actor, "tcp", "10.99.1.1:80", out, rule))
+		expectTraced(t, "room", tracer, p.by(t, c.app.Actor, "10.99.1.1:80", out, rule))
 		if i == 8 {
 			t.Fatal("no connect is denied")
 		}
@@ -265,9 +265,9 @@ func TestPrivilegedTraceFilter(t *testing.T) {
 		t.Error("five pods can be named")
 	}
 
-	a := p.by(t, c.app.Actor, "tcp", "10.99.1.1:80", redirect.VerdictOutbound, redirect.RuleOutIncludeCIDR)
-	b := p.by(t, c.proxy.Actor, "tcp", "[fd99::1]:80", redirect.VerdictDirect, redirect.RuleOutProxy)
-	d := q.by(t, other.app.Actor, "tcp", "10.99.1.1:80", redirect.VerdictOutbound, redirect.RuleOutIncludeCIDR)
+	a := p.by(t, c.app.Actor, "10.99.1.1:80", redirect.VerdictOutbound, redirect.RuleOutIncludeCIDR)
+	b := p.by(t, c.proxy.Actor, "[fd99::1]:80", redirect.VerdictDirect, redirect.RuleOutProxy)
+	d := q.by(t, other.app.Actor, "10.99.1.1:80", redirect.VerdictOutbound, redirect.RuleOutIncludeCIDR)
 	connect := func() {
 		t.Helper()
 		for _, r := range []testbed.ConnectResult{c.app.Dial(t, "10.99.1.1:80"), c.proxy.Dial(t, "[fd99::1]:80"), other.app.Dial(t, "10.99.1.1:80")} {
@@ -339,14 +339,14 @@ func TestPrivilegedTraceOff(t *testing.T) {
 		t.Fatal(err)
 	}
 	c.app.Dial(t, "10.99.1.1:80")
-	expectTraced(t, "when the other has gone", second, p.by(t, c.app.Actor, "tcp", "10.99.1.1:80", redirect.VerdictOutbound, redirect.RuleOutIncludeCIDR))
+	expectTraced(t, "when the other has gone", second, p.by(t, c.app.Actor, "10.99.1.1:80", redirect.VerdictOutbound, redirect.RuleOutIncludeCIDR))
 	third, err := loader.Trace(n.opts, loader.TraceFilter{Rules: rules(func(redirect.Rule) bool { return true })})
 	if err != nil {
 		t.Fatal(err)
 	}
 	c.app.Dial(t, "[fd99::1]:80")
 	for _, tracer := range []*loader.Tracer{second, third} {
-		expectTraced(t, "in a seat that was taken before", tracer, p.by(t, c.app.Actor, "tcp", "[fd99::1]:80", redirect.VerdictOutbound, redirect.RuleOutIncludeCIDR))
+		expectTraced(t, "in a seat that was taken before", tracer, p.by(t, c.app.Actor, "[fd99::1]:80", redirect.VerdictOutbound, redirect.RuleOutIncludeCIDR))
 	}
 	// The datapath goes, and comes anew, under who looks on.
 	p.remove(t)
@@ -361,7 +361,7 @@ func TestPrivilegedTraceOff(t *testing.T) {
 	other := newCast(t, q, nil)
 	testbed.Eventually(t, "the tracer finds the datapath", second.Loaded)
 	other.app.Dial(t, "10.99.1.1:80")
-	expectTraced(t, "in another datapath", second, q.by(t, other.app.Actor, "tcp", "10.99.1.1:80", redirect.VerdictOutbound, redirect.RuleOutIncludeCIDR))
+	expectTraced(t, "in another datapath", second, q.by(t, other.app.Actor, "10.99.1.1:80", redirect.VerdictOutbound, redirect.RuleOutIncludeCIDR))
 	if err := second.SetPods([]uint64{}); err != nil {
 		t.Fatal(err)
 	}
@@ -404,5 +404,5 @@ func TestPrivilegedTraceOverload(t *testing.T) {
 		t.Errorf("of %d decisions %d were kept and %d lost", connections, got, lost)
 	}
 	c.app.Dial(t, "10.99.1.1:80")
-	expectTraced(t, "with room again", tracer, p.by(t, c.app.Actor, "tcp", "10.99.1.1:80", redirect.VerdictOutbound, redirect.RuleOutIncludeCIDR))
+	expectTraced(t, "with room again", tracer, p.by(t, c.app.Actor, "10.99.1.1:80", redirect.VerdictOutbound, redirect.RuleOutIncludeCIDR))
 }
