@@ -9,7 +9,7 @@ import (
 	"fmt"
 )
 
-//go:generate go tool bpf2go -cc clang-19 -strip llvm-strip-19 -target bpfel -go-package bpf -type pod -type pod_flag -type dest -type dest_key -type dest_flag -type port_key -type port_flag -type direction -type pod_state -type error_key -type place -type rule -type listener_key -type listener_kind -type tuple -type handshake -type sock_state -type adoption Shunt shunt.bpf.c -- -O2 -Wall -Werror -mcpu=v3 -Iheaders -I/usr/include/x86_64-linux-gnu
+//go:generate go tool bpf2go -cc clang-19 -strip llvm-strip-19 -target bpfel -go-package bpf -type pod -type pod_flag -type dest -type dest_key -type dest_flag -type port_key -type port_flag -type direction -type pod_state -type error_key -type place -type rule -type listener_key -type listener_kind -type tuple -type handshake -type sock_state -type adoption -type event Shunt shunt.bpf.c -- -O2 -Wall -Werror -mcpu=v3 -Iheaders -I/usr/include/x86_64-linux-gnu
 //go:generate go run shunt.dev/shunt/bpf/prepare shunt_bpfel.o shunt_stamp stamp_bpfel.go
 
 // License is the programs', for loading Stamp.

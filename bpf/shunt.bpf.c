@@ -647,6 +647,7 @@ static __always_inline __u16 target_port(const struct pod *pod, enum rule r)
 }
 
 #include "interfaces.h"
+#include "trace.h"
 
 // ------------------------------------------------------------------ connect
 
@@ -777,11 +778,44 @@ static __always_inline int deny(__u64 cookie, __u32 place, long err)
 	return DENY; // connect gives EPERM
 }
 
-static __always_inline int deny_unreachable(__u64 cookie, __u32 place)
+// tell_outbound tells those who trace how a flow was decided. A global function, as
+// decide_outbound is.
+__noinline int tell_outbound(struct bpf_sock_addr *ctx, __u64 cookie, const struct flow *f, __u32 how)
+{
+	struct task_struct *task = (struct task_struct *)bpf_get_current_task();
+	struct event e = { .cookie = cookie, .how = how };
+
+	if (!f)
+		return 0;
+	e.dst = f->dst;
+	e.dport = f->port;
+	e.protocol = ctx->type == SOCK_DGRAM ? IPPROTO_UDP : IPPROTO_TCP;
+	e.uid = f->uid;
+	e.gid = f->gid;
+	e.pid = BPF_CORE_READ(task, tgid);
+	BPF_CORE_READ_STR_INTO(&e.comm, task, comm);
+	return publish(&e);
+}
+
+static __always_inline void trace_outbound(struct bpf_sock_addr *ctx, __u64 cookie, const struct flow *f, enum rule rule)
+{
+	if (rule && traced())
+		tell_outbound(ctx, cookie, f, rule);
+}
+
+// deny_flow is deny for a flow that rule was to decide.
+static __always_inline int deny_flow(struct bpf_sock_addr *ctx, __u64 cookie, const struct flow *f, enum rule rule, enum place place, long err)
+{
+	if (traced())
+		tell_outbound(ctx, cookie, f, how(rule, place, err));
+	return deny(cookie, place, err);
+}
+
+static __always_inline int deny_unreachable(struct bpf_sock_addr *ctx, __u64 cookie, const struct flow *f, enum rule rule, enum place place)
 {
 	if (have_set_retval)
 		bpf_set_retval(-ENETUNREACH);
-	return deny(cookie, place, -ENETUNREACH);
+	return deny_flow(ctx, cookie, f, rule, place, -ENETUNREACH);
 }
 
 // remember_mptcp: connect sees an MPTCP socket's subflow, getpeername the MPTCP
@@ -863,17 +897,17 @@ static __always_inline enum rule dns_rule(__u64 cookie, const struct pod *pod, c
 	return RULE_OUT_DNS;
 }
 
-// captures is section 4 for UDP to port 53: is the datagram for the proxy? A
-// global function, as decide_outbound is.
-__noinline int captures(__u64 cookie, const struct pod *pod, const struct flow *f)
+// decide_udp is section 4 for UDP to port 53, RULE_OUT_DNS being for the proxy;
+// of other datagrams it is RULE_NONE. A global function, as decide_outbound is.
+__noinline int decide_udp(__u64 cookie, const struct pod *pod, const struct flow *f)
 {
 	enum rule rule;
 
 	if (!pod || !f || !(pod->flags & POD_DNS) || f->port != DNS_WELL_KNOWN)
-		return false;
+		return RULE_NONE;
 	rule = dns_rule(cookie, pod, f);
 	count(bpf_map_lookup_elem(&states, &cookie), rule);
-	return rule == RULE_OUT_DNS;
+	return rule;
 }
 
 // remember_asked notes whom a UDP socket asks, for recvmsg. The lock keeps
@@ -903,6 +937,7 @@ static __always_inline int connect_udp(struct bpf_sock_addr *ctx, __u64 cookie, 
 	struct flow f = {};
 	bool ours, captured;
 	struct dest *dest;
+	enum rule rule;
 	long err;
 
 	if (!sk || !(pod->flags & POD_DNS))
@@ -924,14 +959,15 @@ static __always_inline int connect_udp(struct bpf_sock_addr *ctx, __u64 cookie, 
 	find_owner_udp(sk, &f);
 	if ((pod->flags & POD_EXCLUDE) && f.port == DNS_WELL_KNOWN)
 		f.excluded = leaves_excluded(cookie, pod, &f, sk->bound_dev_if);
-	captured = captures(cookie, pod, &f);
+	rule = decide_udp(cookie, pod, &f);
+	captured = rule == RULE_OUT_DNS;
 
 	// A source of ours stays with the socket: it changes with the
 	// destination, as the kernel's own would.
 	if (is_chosen(&f)) {
 		want = choice(pod, &f, dest);
 		if (captured && is_zero(&want))
-			return deny_unreachable(cookie, PLACE_CONNECT_NO_SOURCE);
+			return deny_unreachable(ctx, cookie, &f, rule, PLACE_CONNECT_NO_SOURCE);
 	} else if (ours) {
 		want = is_mapped(&f.dst) ? lo(true) : f.dst;
 	}
@@ -939,8 +975,9 @@ static __always_inline int connect_udp(struct bpf_sock_addr *ctx, __u64 cookie, 
 		if (!st)
 			st = bpf_sk_storage_get(&sockets, sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
 		if (!st || !remember_asked(sk, &f.dst))
-			return deny(cookie, PLACE_CONNECT_STORAGE, -EAGAIN);
+			return deny_flow(ctx, cookie, &f, rule, PLACE_CONNECT_STORAGE, -EAGAIN);
 	}
+	trace_outbound(ctx, cookie, &f, rule);
 	if (!st)
 		return ALLOW;
 	if (ours ? !same(&want, &st->source) : captured && !is_zero(&want)) {
@@ -1090,7 +1127,7 @@ static __always_inline int connect(struct bpf_sock_addr *ctx, bool v6)
 	if (pod->flags & POD_TPROXY) {
 		err = mark_tproxy(ctx, cookie, pod, &f);
 		if (err)
-			return deny(cookie, PLACE_CONNECT_TPROXY, err);
+			return deny_flow(ctx, cookie, &f, RULE_NONE, PLACE_CONNECT_TPROXY, err);
 	}
 	if (pod->flags & POD_EXCLUDE)
 		f.excluded = leaves_excluded(cookie, pod, &f, sk->bound_dev_if);
@@ -1113,16 +1150,17 @@ static __always_inline int connect(struct bpf_sock_addr *ctx, bool v6)
 				unbind(ctx, cookie, st, v6);
 		}
 		if (!room && f.local && is_proxy_port(pod, f.port))
-			return deny(cookie, PLACE_CONNECT_ROOM, -EAGAIN);
+			return deny_flow(ctx, cookie, &f, rule, PLACE_CONNECT_ROOM, -EAGAIN);
+		trace_outbound(ctx, cookie, &f, rule);
 		return ALLOW;
 	}
 
 	if (!room)
-		return deny(cookie, PLACE_CONNECT_ROOM, -EAGAIN);
+		return deny_flow(ctx, cookie, &f, rule, PLACE_CONNECT_ROOM, -EAGAIN);
 	if (!st)
 		st = bpf_sk_storage_get(&sockets, sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
 	if (!st)
-		return deny(cookie, PLACE_CONNECT_STORAGE, -EAGAIN);
+		return deny_flow(ctx, cookie, &f, rule, PLACE_CONNECT_STORAGE, -EAGAIN);
 
 	target = lo(is_mapped(&f.dst));
 
@@ -1131,7 +1169,7 @@ static __always_inline int connect(struct bpf_sock_addr *ctx, bool v6)
 	if (is_chosen(&f)) {
 		want = choice(pod, &f, dest);
 		if (is_zero(&want))
-			return deny_unreachable(cookie, PLACE_CONNECT_NO_SOURCE);
+			return deny_unreachable(ctx, cookie, &f, rule, PLACE_CONNECT_NO_SOURCE);
 	}
 	if (is_zero(&want)) {
 		if (ours)
@@ -1160,6 +1198,7 @@ static __always_inline int connect(struct bpf_sock_addr *ctx, bool v6)
 	st->flags |= SOCKET_REDIRECTED;
 	remember_mptcp(sk, st);
 
+	trace_outbound(ctx, cookie, &f, rule);
 	set_address(ctx, &target, bpf_htons(port), v6);
 	return ALLOW;
 }
@@ -1205,6 +1244,7 @@ static __always_inline int sendmsg(struct bpf_sock_addr *ctx, bool v6)
 	struct asked *asked;
 	struct dest *dest;
 	struct pod *pod;
+	enum rule rule;
 	__u64 cookie;
 	bool ours;
 
@@ -1239,7 +1279,9 @@ static __always_inline int sendmsg(struct bpf_sock_addr *ctx, bool v6)
 	find_owner_udp(sk, &f);
 	if ((pod->flags & POD_EXCLUDE) && f.port == DNS_WELL_KNOWN)
 		f.excluded = leaves_excluded(cookie, pod, &f, sk->bound_dev_if);
-	if (!captures(cookie, pod, &f)) {
+	rule = decide_udp(cookie, pod, &f);
+	if (rule != RULE_OUT_DNS) {
+		trace_outbound(ctx, cookie, &f, rule);
 		if (f.port != pod->dns_port || !is_lo(&f.dst))
 			return ALLOW;
 		// What a connected IPv6 socket sends to a mapped address comes here
@@ -1259,15 +1301,16 @@ static __always_inline int sendmsg(struct bpf_sock_addr *ctx, bool v6)
 	// The kernel has taken the interface from a link-local destination: by that
 	// it would leave for ::1.
 	if (is_link_local(&f.dst))
-		return deny_unreachable(cookie, PLACE_SENDMSG_NO_WAY);
+		return deny_unreachable(ctx, cookie, &f, rule, PLACE_SENDMSG_NO_WAY);
 	if (is_chosen(&f)) {
 		want = choice(pod, &f, dest);
 		if (is_zero(&want))
-			return deny_unreachable(cookie, PLACE_SENDMSG_NO_WAY);
+			return deny_unreachable(ctx, cookie, &f, rule, PLACE_SENDMSG_NO_WAY);
 		set_source(ctx, &want, v6);
 	}
 	if (!remember_asked(sk, &f.dst))
-		return deny(cookie, PLACE_SENDMSG_STORAGE, -EAGAIN);
+		return deny_flow(ctx, cookie, &f, rule, PLACE_SENDMSG_STORAGE, -EAGAIN);
+	trace_outbound(ctx, cookie, &f, rule);
 	target = lo(is_mapped(&f.dst));
 	set_address(ctx, &target, bpf_htons(pod->dns_port), v6);
 	return ALLOW;
@@ -1838,6 +1881,34 @@ static __always_inline long assign(struct bpf_sk_lookup *ctx, const struct liste
 	return err;
 }
 
+// tell_inbound is tell_outbound for a connection that arrives.
+__noinline int tell_inbound(struct bpf_sk_lookup *ctx, __u64 cookie, __u32 how)
+{
+	struct event e = {
+		.cookie = cookie,
+		.how = how,
+		.sport = bpf_ntohs(ctx->remote_port),
+		.dport = ctx->local_port,
+		.protocol = IPPROTO_TCP,
+		.ifindex = ctx->ingress_ifindex,
+	};
+
+	if (ctx->family == AF_INET) {
+		e.src = mapped(ctx->remote_ip4);
+		e.dst = mapped(ctx->local_ip4);
+	} else {
+		e.src = words(ctx->remote_ip6);
+		e.dst = words(ctx->local_ip6);
+	}
+	return publish(&e);
+}
+
+static __always_inline void trace_inbound(struct bpf_sk_lookup *ctx, __u64 cookie, __u32 how)
+{
+	if (traced())
+		tell_inbound(ctx, cookie, how);
+}
+
 // The second. The kernel runs both in one go, with bottom halves off for
 // packets; where something else comes between (a look-up on behalf of a process,
 // or softirqs that can be preempted), the stamp is not of this connection, and
@@ -1850,6 +1921,7 @@ int shunt_sk_lookup(struct bpf_sk_lookup *ctx)
 	struct addr remote;
 	struct stamp *s;
 	struct pod *pod;
+	enum place place;
 	enum rule rule;
 	__u32 zero = 0;
 	__u64 cookie;
@@ -1894,8 +1966,10 @@ int shunt_sk_lookup(struct bpf_sk_lookup *ctx)
 	// Behind TC this is for what comes by an interface that has no TC program. What
 	// one has let pass is let pass here, and counted there.
 	if (rule != RULE_IN_INCLUDE) {
-		if (!(pod->flags & POD_IN_TC))
+		if (!(pod->flags & POD_IN_TC)) {
 			count(c, rule);
+			trace_inbound(ctx, cookie, rule);
+		}
 		return SK_PASS;
 	}
 	// The TC program looks for the proxy's listener by its port; to there,
@@ -1916,10 +1990,15 @@ int shunt_sk_lookup(struct bpf_sk_lookup *ctx)
 			err = assign(ctx, &key);
 	}
 	if (err) {
-		if (!s->by_tc)
-			failed(cookie, err == -ENOENT ? PLACE_LISTENER_NONE : PLACE_LISTENER_ASSIGN, err);
+		place = err == -ENOENT ? PLACE_LISTENER_NONE : PLACE_LISTENER_ASSIGN;
+		if (!s->by_tc) {
+			failed(cookie, place, err);
+			trace_inbound(ctx, cookie, how(rule, place, err));
+		}
 		return SK_DROP; // the client gets a RST
 	}
+	if (!s->by_tc)
+		trace_inbound(ctx, cookie, rule);
 	return SK_PASS;
 }
 

@@ -76,6 +76,30 @@ type ShuntErrorKey struct {
 	Error  uint32
 }
 
+type ShuntEvent struct {
+	_      structs.HostLayout
+	Time   uint64
+	Cookie uint64
+	Src    struct {
+		_ structs.HostLayout
+		W [4]uint32
+	}
+	Dst struct {
+		_ structs.HostLayout
+		W [4]uint32
+	}
+	Sport    uint16
+	Dport    uint16
+	How      uint32
+	Protocol uint32
+	Ifindex  uint32
+	Pid      uint32
+	Uid      uint32
+	Gid      uint32
+	Comm     [16]int8
+	Pad      uint32
+}
+
 type ShuntHandshake struct {
 	_     structs.HostLayout
 	Owner uint64
@@ -263,6 +287,19 @@ type ShuntStamp struct {
 	Pad        uint32
 }
 
+type ShuntTrace struct {
+	_       structs.HostLayout
+	On      uint64
+	Tracers [4]struct {
+		_     structs.HostLayout
+		Until uint64
+		Lost  uint64
+		Pods  [4]uint64
+		Rules uint32
+		Pad   uint32
+	}
+}
+
 type ShuntTuple struct {
 	_      structs.HostLayout
 	Cookie uint64
@@ -291,6 +328,7 @@ const (
 	ShuntMapPorts              = "ports"
 	ShuntMapReopens            = "reopens"
 	ShuntMapResolvers          = "resolvers"
+	ShuntMapRings              = "rings"
 	ShuntMapSlots              = "slots"
 	ShuntMapSockets            = "sockets"
 	ShuntMapStamps             = "stamps"
@@ -313,9 +351,11 @@ const (
 	ShuntVarHaveMptcp          = "have_mptcp"
 	ShuntVarHaveSetRetval      = "have_set_retval"
 	ShuntVarInflightLimit      = "inflight_limit"
+	ShuntVarTracing            = "tracing"
 	ShuntVarUnusedAdoption     = "unused_adoption"
 	ShuntVarUnusedDestFlag     = "unused_dest_flag"
 	ShuntVarUnusedDirection    = "unused_direction"
+	ShuntVarUnusedEvent        = "unused_event"
 	ShuntVarUnusedListenerKind = "unused_listener_kind"
 	ShuntVarUnusedPlace        = "unused_place"
 	ShuntVarUnusedPodFlag      = "unused_pod_flag"
@@ -394,6 +434,7 @@ type ShuntMapSpecs struct {
 	Ports     *ebpf.MapSpec `ebpf:"ports"`
 	Reopens   *ebpf.MapSpec `ebpf:"reopens"`
 	Resolvers *ebpf.MapSpec `ebpf:"resolvers"`
+	Rings     *ebpf.MapSpec `ebpf:"rings"`
 	Slots     *ebpf.MapSpec `ebpf:"slots"`
 	Sockets   *ebpf.MapSpec `ebpf:"sockets"`
 	Stamps    *ebpf.MapSpec `ebpf:"stamps"`
@@ -407,9 +448,11 @@ type ShuntVariableSpecs struct {
 	HaveMptcp          *ebpf.VariableSpec `ebpf:"have_mptcp"`
 	HaveSetRetval      *ebpf.VariableSpec `ebpf:"have_set_retval"`
 	InflightLimit      *ebpf.VariableSpec `ebpf:"inflight_limit"`
+	Tracing            *ebpf.VariableSpec `ebpf:"tracing"`
 	UnusedAdoption     *ebpf.VariableSpec `ebpf:"unused_adoption"`
 	UnusedDestFlag     *ebpf.VariableSpec `ebpf:"unused_dest_flag"`
 	UnusedDirection    *ebpf.VariableSpec `ebpf:"unused_direction"`
+	UnusedEvent        *ebpf.VariableSpec `ebpf:"unused_event"`
 	UnusedListenerKind *ebpf.VariableSpec `ebpf:"unused_listener_kind"`
 	UnusedPlace        *ebpf.VariableSpec `ebpf:"unused_place"`
 	UnusedPodFlag      *ebpf.VariableSpec `ebpf:"unused_pod_flag"`
@@ -445,6 +488,7 @@ type ShuntMaps struct {
 	Ports     *ebpf.Map `ebpf:"ports"`
 	Reopens   *ebpf.Map `ebpf:"reopens"`
 	Resolvers *ebpf.Map `ebpf:"resolvers"`
+	Rings     *ebpf.Map `ebpf:"rings"`
 	Slots     *ebpf.Map `ebpf:"slots"`
 	Sockets   *ebpf.Map `ebpf:"sockets"`
 	Stamps    *ebpf.Map `ebpf:"stamps"`
@@ -461,6 +505,7 @@ func (m *ShuntMaps) Close() error {
 		m.Ports,
 		m.Reopens,
 		m.Resolvers,
+		m.Rings,
 		m.Slots,
 		m.Sockets,
 		m.Stamps,
@@ -475,9 +520,11 @@ type ShuntVariables struct {
 	HaveMptcp          *ebpf.Variable `ebpf:"have_mptcp"`
 	HaveSetRetval      *ebpf.Variable `ebpf:"have_set_retval"`
 	InflightLimit      *ebpf.Variable `ebpf:"inflight_limit"`
+	Tracing            *ebpf.Variable `ebpf:"tracing"`
 	UnusedAdoption     *ebpf.Variable `ebpf:"unused_adoption"`
 	UnusedDestFlag     *ebpf.Variable `ebpf:"unused_dest_flag"`
 	UnusedDirection    *ebpf.Variable `ebpf:"unused_direction"`
+	UnusedEvent        *ebpf.Variable `ebpf:"unused_event"`
 	UnusedListenerKind *ebpf.Variable `ebpf:"unused_listener_kind"`
 	UnusedPlace        *ebpf.Variable `ebpf:"unused_place"`
 	UnusedPodFlag      *ebpf.Variable `ebpf:"unused_pod_flag"`

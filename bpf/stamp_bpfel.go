@@ -4,7 +4,7 @@
 package bpf
 
 // Digest is the SHA-256 of the compiled object.
-const Digest = "865fb7671987b0940e21c0468362ac47f7a74c380085da463d10611ca1b412ab"
+const Digest = "67e66f4e10bf37a36550f02c7d9b9dd40f3ab88c57811a0e75446e8a45712e83"
 
 // stampCode is the program's instructions, with map descriptors of zero.
 const stampCode = "" +

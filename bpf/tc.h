@@ -225,6 +225,31 @@ __noinline int read_segment(struct __sk_buff *ctx, struct segment *s)
 	return NOT_TCP;
 }
 
+// tell_segment is tell_outbound for a segment that begins a connection.
+__noinline int tell_segment(struct __sk_buff *ctx, __u64 cookie, const struct segment *s, __u32 how)
+{
+	struct event e = { .cookie = cookie, .how = how, .protocol = IPPROTO_TCP, .ifindex = ctx->ifindex };
+
+	if (!s)
+		return 0;
+	e.sport = bpf_ntohs(s->tcp.sport);
+	e.dport = s->port;
+	if (s->four) {
+		e.src = mapped(s->tuple.ipv4.saddr);
+		e.dst = mapped(s->tuple.ipv4.daddr);
+	} else {
+		__builtin_memcpy(&e.src, s->tuple.ipv6.saddr, sizeof(e.src));
+		__builtin_memcpy(&e.dst, s->tuple.ipv6.daddr, sizeof(e.dst));
+	}
+	return publish(&e);
+}
+
+static __always_inline void trace_segment(struct __sk_buff *ctx, __u64 cookie, const struct segment *s, __u32 how)
+{
+	if (traced())
+		tell_segment(ctx, cookie, s, how);
+}
+
 // find looks for the socket that owns a tuple: a connection, a handshake, or a
 // listener.
 static __always_inline struct bpf_sock *find(struct __sk_buff *ctx, struct bpf_sock_tuple *t, bool four)
@@ -459,6 +484,7 @@ __noinline int reopen(struct __sk_buff *ctx, __u64 cookie, const struct segment 
 	client = s->four ? s->tuple.ipv4.saddr : s->tuple.ipv6.saddr[3];
 	if (last->cookie == cookie && last->seq == s->tcp.seq && last->client == client && last->sport == s->tcp.sport && last->dport == s->tcp.dport) {
 		last->cookie = 0;
+		trace_segment(ctx, cookie, s, how(RULE_IN_INCLUDE, PLACE_TC_REOPEN, -EEXIST));
 		failed(cookie, PLACE_TC_REOPEN, -EEXIST);
 		return TC_ACT_SHOT; // the RST was in vain; the client will try again
 	}
@@ -474,6 +500,7 @@ __noinline int reopen(struct __sk_buff *ctx, __u64 cookie, const struct segment 
 	if (change(ctx, tcp, TCP_FLAGS_WORD, flags, reset) || change(ctx, tcp, TCP_SEQ, s->tcp.seq, reset_seq) ||
 	    bpf_clone_redirect(ctx, ctx->ifindex, BPF_F_INGRESS) ||
 	    change(ctx, tcp, TCP_SEQ, reset_seq, s->tcp.seq) || change(ctx, tcp, TCP_FLAGS_WORD, reset, flags)) {
+		trace_segment(ctx, cookie, s, how(RULE_IN_INCLUDE, PLACE_TC_REOPEN, -EAGAIN));
 		failed(cookie, PLACE_TC_REOPEN, -EAGAIN);
 		return TC_ACT_SHOT;
 	}
@@ -578,6 +605,7 @@ static __always_inline int on_syn(struct __sk_buff *ctx, __u64 cookie, struct se
 		bpf_sk_release(sk);
 		if (!err)
 			return TC_NEXT;
+		trace_segment(ctx, cookie, s, how(RULE_IN_INCLUDE, PLACE_TC_OWNER, err));
 		failed(cookie, PLACE_TC_OWNER, err);
 		return TC_ACT_SHOT;
 	}
@@ -642,6 +670,7 @@ int shunt_tc(struct __sk_buff *ctx)
 	struct bpf_sock *sk;
 	struct addr daddr;
 	enum reading read;
+	enum place place;
 	struct pod *pod;
 	enum rule rule;
 	bool syn, owned;
@@ -690,11 +719,14 @@ int shunt_tc(struct __sk_buff *ctx)
 		return TC_NEXT;
 	// A tagged frame is another interface's.
 	if ((pod->flags & POD_EXCLUDE_IF) && !s.ip && !(ctx->vlan_tci & VLAN_ID) && arrives_excluded(cookie, pod, ctx->ifindex)) {
-		if (syn)
+		if (syn) {
 			count(c, RULE_IN_EXCLUDE_INTERFACE);
+			trace_segment(ctx, cookie, &s, RULE_IN_EXCLUDE_INTERFACE);
+		}
 		return TC_NEXT;
 	}
 	if (read != READ) {
+		trace_segment(ctx, cookie, &s, how(RULE_NONE, PLACE_TC_UNREADABLE, -EINVAL));
 		failed(cookie, PLACE_TC_UNREADABLE, -EINVAL);
 		return TC_ACT_SHOT;
 	}
@@ -706,19 +738,31 @@ int shunt_tc(struct __sk_buff *ctx)
 		return verdict; // it comes round once more
 	if (syn)
 		count(c, rule);
-	if (rule != RULE_IN_INCLUDE)
+	if (rule != RULE_IN_INCLUDE) {
+		if (syn)
+			trace_segment(ctx, cookie, &s, rule);
 		return TC_NEXT;
+	}
 	if (s.fragment) {
 		// A packet that is put together has no socket any more.
+		trace_segment(ctx, cookie, &s, how(rule, PLACE_TC_FRAGMENT, -EINVAL));
 		failed(cookie, PLACE_TC_FRAGMENT, -EINVAL);
 		return TC_ACT_SHOT;
 	}
-	if (verdict != PASS_ON)
+	if (verdict != PASS_ON) {
+		if (verdict == TC_NEXT)
+			trace_segment(ctx, cookie, &s, rule);
 		return verdict;
+	}
 	err = give_listener(ctx, &s, pod);
 	if (err) {
-		failed(cookie, err == -ENOENT ? PLACE_LISTENER_NONE : PLACE_LISTENER_ASSIGN, err);
+		place = err == -ENOENT ? PLACE_LISTENER_NONE : PLACE_LISTENER_ASSIGN;
+		if (syn)
+			trace_segment(ctx, cookie, &s, how(rule, place, err));
+		failed(cookie, place, err);
 		return refuse(ctx, &s);
 	}
+	if (syn)
+		trace_segment(ctx, cookie, &s, rule);
 	return TC_NEXT;
 }

@@ -240,8 +240,20 @@ func (d *Datapath) load() (err error) {
 
 type pinner interface{ Pin(string) error }
 
-func pinned(o *bpf.ShuntObjects) map[string]pinner {
+// objects are a loaded collection, with the map of its variables.
+type objects struct {
+	bpf.ShuntObjects
+	Tracing *ebpf.Map `ebpf:".data.trace"`
+}
+
+func (o *objects) Close() error {
+	return errors.Join(o.ShuntObjects.Close(), o.Tracing.Close())
+}
+
+func pinned(o *objects) map[string]pinner {
 	return map[string]pinner{
+		tracingPin:                     o.Tracing,
+		bpf.ShuntMapRings:              o.Rings,
 		bpf.ShuntMapPods:               o.Pods,
 		bpf.ShuntMapDests:              o.Dests,
 		bpf.ShuntMapPorts:              o.Ports,
@@ -271,7 +283,7 @@ func pinned(o *bpf.ShuntObjects) map[string]pinner {
 
 // loadObjects loads the collection. The stamp program in it serves no pod:
 // loading it shows at once whether a pod's own would be accepted.
-func (d *Datapath) loadObjects() (*bpf.ShuntObjects, error) {
+func (d *Datapath) loadObjects() (*objects, error) {
 	// bpf_set_retval is there since Linux 5.18 (commit b44123b4a3dc),
 	// bpf_skc_to_mptcp_sock since 5.19 (3bc253c2e652), if it has MPTCP. What
 	// they do can be done without: try with them first.
@@ -295,7 +307,7 @@ func (d *Datapath) loadObjects() (*bpf.ShuntObjects, error) {
 		}
 		d.sizeMaps(spec)
 		withoutTC(spec)
-		objs := new(bpf.ShuntObjects)
+		objs := new(objects)
 		if err = spec.LoadAndAssign(objs, nil); err == nil {
 			return objs, nil
 		}

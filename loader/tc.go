@@ -454,10 +454,13 @@ func (d *Datapath) loadTC() error {
 	d.sizeMaps(spec)
 	maps := map[string]*ebpf.Map{}
 	for name := range spec.Maps {
-		if strings.HasPrefix(name, ".") {
+		pin := name
+		if name == tracingMap {
+			pin = tracingPin
+		} else if strings.HasPrefix(name, ".") {
 			continue // constants
 		}
-		m, err := ebpf.LoadPinnedMap(filepath.Join(d.dir, name), nil)
+		m, err := ebpf.LoadPinnedMap(filepath.Join(d.dir, pin), nil)
 		if errors.Is(err, fs.ErrNotExist) {
 			continue // only this program has it
 		}

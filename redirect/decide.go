@@ -169,6 +169,20 @@ func (r Rule) Direction() Direction {
 	return Outbound
 }
 
+// Verdict returns what the rule says of a flow; 0 for RuleInReroute, which asks
+// for its destination too.
+func (r Rule) Verdict() Verdict {
+	if r == RuleInReroute {
+		return 0
+	}
+	for _, row := range slices.Concat(outbound, inbound) {
+		if row.rule == r {
+			return row.verdict
+		}
+	}
+	return VerdictDirect // the defaults
+}
+
 // AllRules returns every rule, in the tables' order.
 func AllRules() []Rule {
 	rules := make([]Rule, 0, ruleEnd-1)

@@ -429,6 +429,8 @@ func TestDecideProperties(t *testing.T) {
 			broken = "the rule is of the other direction"
 		case !slices.Contains(allowed, d.Verdict):
 			broken = "the rule does not give that verdict"
+		case d.Rule != RuleInReroute && d.Verdict != d.Rule.Verdict():
+			broken = fmt.Sprintf("the rule says its verdict is %v", d.Rule.Verdict())
 		case d.Rule == RuleOutProxyGIDLocal:
 			broken = "[out-local] comes before its twin"
 		case f.Proto != TCP && !slices.Contains(udpRules, d.Rule):

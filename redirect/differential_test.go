@@ -15,6 +15,7 @@ import (
 	"shunt.dev/shunt/bpf"
 	"shunt.dev/shunt/internal/flowgen"
 	"shunt.dev/shunt/internal/testbed"
+	"shunt.dev/shunt/loader"
 	"shunt.dev/shunt/redirect"
 )
 
@@ -171,6 +172,36 @@ func failure(x flowgen.Trial) bpf.ShuntPlace {
 	return bpf.ShuntPlacePLACE_NONE
 }
 
+// wantTraced says what a trace must show of flows: where they go, from where they
+// come, who decided, and who was refused by a program.
+func wantTraced(trials []flowgen.Trial) map[string]int {
+	want := map[string]int{}
+	for _, x := range trials {
+		from, refused := "", bpf.ShuntPlacePLACE_NONE
+		if x.Flow.Direction == redirect.Inbound {
+			from, refused = addr(netip.AddrPortFrom(x.Flow.Src, 0)), failure(x)
+		}
+		want[fmt.Sprintf("%v %s to %s: %v by %v, place %d", x.Flow.Direction, from, plain(x.Dst), x.Want.Verdict, x.Want.Rule, refused)]++
+	}
+	return want
+}
+
+func seeTraced(list []loader.Decision) map[string]int {
+	seen := map[string]int{}
+	for _, d := range list {
+		direction, from, refused := redirect.Outbound, "", bpf.ShuntPlacePLACE_NONE
+		if d.Interface != 0 {
+			direction, from = redirect.Inbound, addr(d.Src)
+		}
+		if d.Failure != nil {
+			refused = d.Failure.Place
+		}
+		rule := redirect.Rule(d.Rule)
+		seen[fmt.Sprintf("%v %s to %s: %v by %v, place %d", direction, from, plain(d.Dst), rule.Verdict(), rule, refused)]++
+	}
+	return seen
+}
+
 // compare tries flows on all twins of a scene.
 func compare(t testing.TB, p *production, trials []flowgen.Trial) (decided []redirect.Decision) {
 	t.Helper()
@@ -187,6 +218,15 @@ func compare(t testing.TB, p *production, trials []flowgen.Trial) (decided []red
 		results[k] = p.twins[k].Run(t, trials)
 	}
 	p.tally(t, byRule, failures)
+	for k, n := range p.nodes {
+		if n.bpfDir == "" {
+			continue
+		}
+		if diff := cmp.Diff(wantTraced(trials), seeTraced(p.traced[k])); diff != "" {
+			p.describe(t)
+			t.Errorf("%s: flows traced (-Decide +kernel):\n%s", n.name, diff)
+		}
+	}
 	for i, x := range trials {
 		var answers strings.Builder
 		alike := true

@@ -7,6 +7,7 @@ package redirect_test
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net/netip"
 	"os"
@@ -49,7 +50,7 @@ func openEBPF(edit func(*loader.Options)) func(t testing.TB, n *node) {
 		if edit != nil {
 			edit(&opts)
 		}
-		n.Backend, n.bpfDir = ebpfbackend.New(opts), opts.BPFDir
+		n.Backend, n.bpfDir, n.runDir = ebpfbackend.New(opts), opts.BPFDir, opts.RunDir
 	}
 }
 
@@ -85,7 +86,7 @@ type node struct {
 	can   flowgen.Features
 	world *testbed.World
 
-	bpfDir string // of eBPF
+	bpfDir, runDir string // of eBPF
 }
 
 // nodes gives one of each kind that has what is needed.
@@ -297,6 +298,7 @@ func play(t *testing.T, on []*node, flows, perScene int, wishes []flowgen.Wish, 
 			}
 			for k, n := range p.nodes {
 				n.apply(t, p.twins[k].Pod, s.Policy)
+				p.tracers = append(p.tracers, n.trace(t, p.twins[k].Pod))
 				p.twins[k].Start(t)
 			}
 			for _, d := range scene(t, p) {
@@ -315,10 +317,59 @@ func play(t *testing.T, on []*node, flows, perScene int, wishes []flowgen.Wish, 
 
 // production is a scene, with the nodes that play it and a twin on each.
 type production struct {
-	scene  *flowgen.Scene
-	nodes  []*node
-	twins  []*flowgen.Twin
-	repeat string // a command
+	scene *flowgen.Scene
+	nodes []*node
+	twins []*flowgen.Twin
+	// Of eBPF: who looks on, and what each has seen.
+	tracers []*loader.Tracer
+	traced  [][]loader.Decision
+	repeat  string // a command
+}
+
+// trace looks on while a pod's flows are decided; nil where eBPF has no part.
+func (n *node) trace(t testing.TB, p *testbed.Pod) *loader.Tracer {
+	t.Helper()
+	if n.bpfDir == "" {
+		return nil
+	}
+	filter := loader.TraceFilter{Rules: []bpf.ShuntRule{bpf.ShuntRuleRULE_NONE}, Pods: []uint64{p.NetnsCookie(t)}}
+	for _, r := range redirect.AllRules() {
+		filter.Rules = append(filter.Rules, bpf.ShuntRule(r))
+	}
+	tracer, err := loader.Trace(loader.Options{BPFDir: n.bpfDir, RunDir: n.runDir}, filter)
+	if err != nil {
+		t.Fatalf("%s: trace: %v", n.name, err)
+	}
+	t.Cleanup(func() {
+		if err := tracer.Close(); err != nil {
+			t.Errorf("%s: end the trace: %v", n.name, err)
+		}
+	})
+	return tracer
+}
+
+// look takes what the tracers have seen so far.
+func (p *production) look(t testing.TB) {
+	t.Helper()
+	p.traced = make([][]loader.Decision, len(p.nodes))
+	for k, tracer := range p.tracers {
+		if tracer == nil {
+			continue
+		}
+		for {
+			d, err := tracer.Read(time.Now().Add(10 * time.Millisecond))
+			if errors.Is(err, os.ErrDeadlineExceeded) {
+				break
+			}
+			if err != nil {
+				t.Fatalf("%s: read a decision: %v", p.nodes[k].name, err)
+			}
+			p.traced[k] = append(p.traced[k], d)
+		}
+		if n := tracer.Lost(); n > 0 {
+			t.Errorf("%s: %d decisions were lost", p.nodes[k].name, n)
+		}
+	}
 }
 
 // describe says once what the scene is, and how to see it again.
@@ -347,13 +398,23 @@ func (p *production) disagree(t testing.TB, x flowgen.Trial, what string) {
 		x.Flow, x.By, x.Flow.UID, x.Flow.GID, how, spec, x.Want.Verdict, x.Want.Rule, what)
 }
 
-// tally compares what the eBPF programs have counted for each twin. A flow counts
-// once by TC too: no SYN passes two interfaces of a pod here.
+// tally compares what the eBPF programs have counted, and shown to who looks on,
+// for each twin. A flow counts once by TC too: no SYN passes two interfaces of a
+// pod here.
 func (p *production) tally(t testing.TB, byRule map[redirect.Rule]int, failures map[bpf.ShuntPlace]int) {
 	t.Helper()
+	p.look(t)
 	for k, n := range p.nodes {
 		if n.bpfDir == "" {
 			continue
+		}
+		shown := map[redirect.Rule]int{}
+		for _, d := range p.traced[k] {
+			shown[redirect.Rule(d.Rule)]++
+		}
+		if diff := cmp.Diff(byRule, shown); diff != "" {
+			p.describe(t)
+			t.Errorf("%s: flows traced by rule (-Decide +kernel):\n%s", n.name, diff)
 		}
 		if diff := cmp.Diff(byRule, n.counted(t, p.twins[k].Pod)); diff != "" {
 			p.describe(t)

@@ -107,4 +107,9 @@ struct sk_buff {
 	struct net_device *dev;
 };
 
+struct task_struct {
+	int tgid;
+	char comm[16];
+};
+
 #pragma clang attribute pop

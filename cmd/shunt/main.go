@@ -114,7 +114,7 @@ verb's own.`,
 		RunE:          func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
 	root.AddCommand(
-		newProbeCmd(), newExplainCmd(), newRenderCmd(), newStatusCmd(),
+		newProbeCmd(), newExplainCmd(), newRenderCmd(), newStatusCmd(), newTraceCmd(),
 		newApplyCmd(), newCheckCmd(), newRemoveCmd(),
 		newValidateCmd(),
 		newVersionCmd(),

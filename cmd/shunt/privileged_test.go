@@ -616,11 +616,20 @@ func TestPrivilegedExamples(t *testing.T) {
 				t.Errorf("inbound: %+v", r)
 			}
 		}
+		if args[0] == "trace" { // while the app and a client connect
+			e.compareTraced(t, n.traceWhile(t, append(args, "--netconf", n.conf(t, "auto")), func() {
+				expectServed(t, app, "10.99.3.4:80", "out")
+				expectServed(t, app, "10.99.3.4:3306", "world")
+				p.World.Dial(t, p.Addr4().String()+":9080")
+			}))
+			tried[args[0]]++
+			continue
+		}
 		out := n.want(t, 0, "", append(args, "--netconf", n.conf(t, "auto"))...)
 		e.compare(t, back.Replace(out))
 		tried[args[0]]++
 	}
-	for verb, want := range map[string]int{"apply": 2, "check": 2, "remove": 2, "status": 3} {
+	for verb, want := range map[string]int{"apply": 2, "check": 2, "remove": 2, "status": 3, "trace": 2} {
 		if tried[verb] != want {
 			t.Errorf("%s: %d examples in help and documentation, want %d", verb, tried[verb], want)
 		}

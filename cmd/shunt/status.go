@@ -109,11 +109,11 @@ Exit status: 0 all is well; 6 something is wrong, and is told; 1 it failed, or a
 	return verb(cmd, func(cmd *cobra.Command) error {
 		which := func(redirect.PodRef) bool { return true }
 		if cmd.Flags().Changed("pod") {
-			ns, name, ok := strings.Cut(pod, "/")
-			if !ok || ns == "" || name == "" || strings.Contains(name, "/") {
-				return usagef("--pod %q: expected NAMESPACE/NAME", pod)
+			one, err := parsePodName(pod)
+			if err != nil {
+				return err
 			}
-			which = func(p redirect.PodRef) bool { return p.Namespace == ns && p.Name == name }
+			which = func(p redirect.PodRef) bool { return p.Namespace == one.Namespace && p.Name == one.Name }
 		}
 		conf, err := readConf(confPath, netconf.Parse)
 		if err != nil {

@@ -51,7 +51,7 @@ var onEBPF = []suite{
 	{"loader", []string{"TestPrivilegedAttachTwice", "TestPrivilegedCheckNamesAndAttachMends", "TestPrivilegedProbe", "TestPrivilegedLookAtTC"}},
 	{"redirect/ebpf", []string{
 		"TestPrivilegedOriginalDst", "TestPrivilegedProxyDown", "TestPrivilegedTimeWait",
-		"TestPrivilegedMPTCP", "TestPrivilegedMPTCPListener", "TestPrivilegedTProxyListener", "TestPrivilegedDNS",
+		"TestPrivilegedMPTCP", "TestPrivilegedMPTCPListener", "TestPrivilegedTProxyListener", "TestPrivilegedDNS", "TestPrivilegedTrace",
 	}},
 	{"cmd/shunt-cni", []string{"TestPrivilegedIptables"}},
 }
