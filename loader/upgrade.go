@@ -164,7 +164,12 @@ func (d *Datapath) removeUnused() error {
 		if err := d.inheritStamps(name); err != nil {
 			return err
 		}
-		if err := os.RemoveAll(filepath.Join(d.opts.BPFDir, name)); err != nil {
+		// Under a name by which nobody takes what is left of it for a datapath.
+		dir := filepath.Join(d.opts.BPFDir, loadPrefix+name)
+		if err := os.Rename(filepath.Join(d.opts.BPFDir, name), dir); err != nil {
+			return fmt.Errorf("remove unused datapath: %w", err)
+		}
+		if err := os.RemoveAll(dir); err != nil {
 			return fmt.Errorf("remove unused datapath: %w", err)
 		}
 		d.opts.Log.Info("removed the datapath of another build: no pod uses it any more", "dir", filepath.Join(d.opts.BPFDir, name))
