@@ -15,6 +15,12 @@ import (
 // License is the programs', for loading Stamp.
 const License = "Dual BSD/GPL"
 
+// Layout says what the programs of two builds must have in common to work on the
+// same maps: "name=digest" for each map and for the stamp program, in one line of
+// text. Types and sizes are seen by the digests. A change that they don't show, to
+// what entries mean or to what programs expect of one another, raises "meaning".
+const Layout = "meaning=1 " + mapLayout
+
 // insnSize is the size of an instruction; a 64-bit load takes two.
 const insnSize = 8
 

@@ -70,6 +70,8 @@ type State struct {
 	File string
 	// Err says what is wrong or waited for. It may be there beside Installed.
 	Err error
+	// Behind: a later agent has the node, and this one changes nothing.
+	Behind bool
 	// Since is since when this has been so.
 	Since time.Time
 }
@@ -506,7 +508,7 @@ func (in *Installer) report(out outcome) {
 		file = filepath.Join(in.opts.ConfDir, in.joined)
 	}
 	before := in.State()
-	in.set(State{Installed: out.installed, File: file, Err: out.err})
+	in.set(State{Installed: out.installed, File: file, Err: out.err, Behind: out.back})
 	if out.err == nil && out.installed && !in.done {
 		in.done = true
 		out.result = ResultInstalled

@@ -105,6 +105,9 @@ func (d *Datapath) Attach(t Target, rules Rules) (err error) {
 	if err != nil {
 		return err
 	}
+	if err := d.meetOthers(old, r); err != nil {
+		return err
+	}
 	if old != nil && (old.Epoch != r.Epoch || old.Build != r.Build || old.Cookie != r.Cookie || old.CgroupID != r.CgroupID) {
 		if err := d.undo(old); err != nil {
 			return fmt.Errorf("undo an earlier attachment of the same id: %w", err)
@@ -414,6 +417,9 @@ func link(path string, fresh bool, prog, target fd, attach ebpf.AttachType, ok f
 		if err != nil || good {
 			return err
 		}
+		if good, err = replaceProgram(path, prog, ok); err != nil || good {
+			return err
+		}
 		if err := unlink(path); err != nil {
 			return err
 		}
@@ -636,18 +642,14 @@ func (d *Datapath) detach(r *Record) error {
 		if err := d.unlinkAll(dir, skLookupLink, stampLink); err != nil {
 			errs = append(errs, err)
 		} else {
-			errs = append(errs, d.returnStamps(dir), removeDir(dir))
+			errs = append(errs, d.returnStamps(dir), removeAll(dir))
 		}
 	}
 	if !sharedCgroup {
 		dir := d.cgroupLinks(r.CgroupID)
 		err := d.unlinkAll(dir, names(r.hooks())...)
 		if err == nil {
-			err = removeDir(dir)
-		}
-		if errors.Is(err, unix.ENOTEMPTY) {
-			// A sandbox before this one had DNS capture.
-			err = errors.Join(d.unlinkAll(dir, names(dnsHooks)...), removeDir(dir))
+			err = removeAll(dir)
 		}
 		errs = append(errs, err)
 	}
@@ -692,6 +694,9 @@ func removeDir(path string) error {
 
 // removePod deletes a pod's map entries.
 func (d *Datapath) removePod(r *Record) error {
+	if foreign, err := d.foreign(); err != nil || foreign {
+		return errors.Join(err, d.removeForeign(r))
+	}
 	pods, err := d.object(bpf.ShuntMapPods)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil // the maps are gone, and all that was in them
@@ -768,7 +773,18 @@ func Check(ctx context.Context, opts Options, id ID) error {
 	}
 	b := d.ofBuild(r.Build)
 	defer b.closeFDs()
-	return errors.Join(b.checkRules(r), b.checkLinks(r), r.checkTProxy())
+	foreign, err := b.foreign()
+	if err != nil {
+		return err
+	}
+	links := b.checkLinks(r)
+	if links != nil && r.Build != d.opts.build().dir && d.move(r) == nil { // an upgrade that was cut short is brought to its end
+		links = d.checkLinks(r)
+	}
+	if foreign { // whose entries can't be read
+		return errors.Join(links, r.checkTProxy())
+	}
+	return errors.Join(b.checkRules(r), links, r.checkTProxy())
 }
 
 func (d *Datapath) checkRules(r *Record) error {
@@ -816,6 +832,9 @@ func (d *Datapath) checkLinks(r *Record) error {
 	dir := d.cgroupLinks(r.CgroupID)
 	for _, h := range r.hooks() {
 		prog, err := d.object(h.program)
+		if errors.Is(err, fs.ErrNotExist) && filepath.Base(d.dir) != d.opts.build().dir {
+			continue // what that build has not, its pods don't need
+		}
 		if err != nil {
 			return err
 		}

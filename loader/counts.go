@@ -92,8 +92,9 @@ func Errors(opts Options) (out []ErrorCount, err error) {
 	if err != nil {
 		return nil, err
 	}
+	seen := map[ebpf.MapID]bool{}
 	for _, path := range paths {
-		more, err := readErrors(path)
+		more, err := readErrors(path, seen)
 		if err != nil {
 			return nil, fmt.Errorf("read %s: %w", path, err)
 		}
@@ -102,12 +103,23 @@ func Errors(opts Options) (out []ErrorCount, err error) {
 	return out, nil
 }
 
-func readErrors(path string) (out []ErrorCount, err error) {
+// readErrors reads a map that it has not seen: builds may share one.
+func readErrors(path string, seen map[ebpf.MapID]bool) (out []ErrorCount, err error) {
 	m, err := ebpf.LoadPinnedMap(path, &ebpf.LoadPinOptions{ReadOnly: true})
 	if err != nil {
 		return nil, err
 	}
 	defer m.Close()
+	mi, err := m.Info()
+	if err != nil {
+		return nil, err
+	}
+	if id, ok := mi.ID(); ok {
+		if seen[id] {
+			return nil, nil
+		}
+		seen[id] = true
+	}
 	var key bpf.ShuntErrorKey
 	var count uint64
 	it := m.Iterate()

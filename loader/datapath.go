@@ -35,9 +35,13 @@ type Options struct {
 	NoTCX bool
 
 	maxPrefixes uint32 // of the prefix maps, for tests of full ones
+	otherBuild  *build // whose datapath it is, for tests of several
 }
 
 const bpffsRoot = "/sys/fs/bpf"
+
+// loadPrefix begins the name of a datapath's directory until it is whole.
+const loadPrefix = "load-"
 
 // A Datapath is the node's loaded programs and maps, and the right to change
 // them: the node's lock is held from Open to Close.
@@ -48,9 +52,10 @@ type Datapath struct {
 	fds     map[string]fd // opened pins, by name
 }
 
-// Open takes the node's lock and loads the datapath, unless it is loaded.
+// Open takes the node's lock and loads the datapath, unless it is loaded. Where pods
+// use another build's, this one's is loaded beside it.
 func Open(ctx context.Context, opts Options) (_ *Datapath, err error) {
-	d := &Datapath{opts: opts, dir: filepath.Join(opts.BPFDir, "datapath-"+bpf.Digest[:16]), fds: map[string]fd{}}
+	d := newDatapath(opts)
 	d.release, err = lock(ctx, opts.RunDir)
 	if errors.Is(err, fs.ErrNotExist) {
 		if err := os.MkdirAll(opts.RunDir, 0o700); err != nil {
@@ -76,7 +81,7 @@ func Open(ctx context.Context, opts Options) (_ *Datapath, err error) {
 	if err := d.makeBPFDir(); err != nil {
 		return nil, err
 	}
-	if err := d.removeOtherBuilds(); err != nil {
+	if err := d.removeUnused(); err != nil {
 		return nil, err
 	}
 	if err := d.load(); err != nil {
@@ -86,9 +91,13 @@ func Open(ctx context.Context, opts Options) (_ *Datapath, err error) {
 	return d, nil
 }
 
+func newDatapath(opts Options) *Datapath {
+	return &Datapath{opts: opts, dir: filepath.Join(opts.BPFDir, opts.build().dir), fds: map[string]fd{}}
+}
+
 // openForRemoval is Open without the load: what is not there needs no removal.
 func openForRemoval(ctx context.Context, opts Options) (_ *Datapath, err error) {
-	d := &Datapath{opts: opts, fds: map[string]fd{}}
+	d := newDatapath(opts)
 	d.release, err = lock(ctx, opts.RunDir)
 	return d, err
 }
@@ -148,59 +157,28 @@ func (d *Datapath) makeBPFDir() error {
 	return nil
 }
 
-// removeOtherBuilds clears away datapaths of other builds, and loads that were
-// not finished. One that pods use stays, and is an error.
-func (d *Datapath) removeOtherBuilds() error {
-	entries, err := os.ReadDir(d.opts.BPFDir)
-	if err != nil {
-		return fmt.Errorf("bpfDir: %w", err)
-	}
-	for _, e := range entries {
-		name := e.Name()
-		if !strings.HasPrefix(name, "datapath-") && !strings.HasPrefix(name, "load-") {
-			continue
-		}
-		if strings.HasPrefix(name, "datapath-") {
-			if used, err := d.inUse(); err != nil {
-				return err
-			} else if used != "" {
-				return fmt.Errorf("%w: %s is in %s while this build is %s; use that build, or drain the node (%s first)",
-					ErrOtherBuild, name, d.opts.BPFDir, filepath.Base(d.dir), used)
-			}
-		}
-		if err := os.RemoveAll(filepath.Join(d.opts.BPFDir, name)); err != nil {
-			return fmt.Errorf("remove unused datapath: %w", err)
-		}
-	}
-	return nil
-}
-
-// inUse names something that is attached to a pod.
-func (d *Datapath) inUse() (string, error) {
-	for _, kind := range []string{cgroupLinks, netnsLinks} {
-		entries, err := os.ReadDir(filepath.Join(d.opts.BPFDir, kind))
-		if err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return "", err
-		}
-		if len(entries) > 0 {
-			return filepath.Join(kind, entries[0].Name()), nil
-		}
-	}
-	return "", nil
-}
-
 // load loads everything into the kernel and pins it in a temporary directory.
 // The last step gives that its name: until then nothing has happened that
-// removeOtherBuilds would not clear away.
+// removeUnused would not clear away.
 func (d *Datapath) load() (err error) {
 	start := time.Now()
-	objs, err := d.loadObjects()
+	h, err := d.inherit()
+	if err != nil {
+		return err
+	}
+	defer h.close()
+	objs, err := d.loadObjects(h.maps)
+	if errors.Is(err, ebpf.ErrMapIncompatible) {
+		d.opts.Log.Warn("another build's maps are not as it says: its pods keep its programs until they end", "error", err)
+		h.epoch = newEpoch()
+		objs, err = d.loadObjects(nil)
+	}
 	if err != nil {
 		return err
 	}
 	defer objs.Close()
 	// bpffs refuses names with a dot.
-	tmp := filepath.Join(d.opts.BPFDir, fmt.Sprintf("load-%d", os.Getpid()))
+	tmp := filepath.Join(d.opts.BPFDir, fmt.Sprintf("%s%d", loadPrefix, os.Getpid()))
 	if err := os.Mkdir(tmp, 0o700); err != nil {
 		return err
 	}
@@ -217,8 +195,10 @@ func (d *Datapath) load() (err error) {
 	if err := os.Mkdir(filepath.Join(tmp, stampsDir), 0o700); err != nil {
 		return err
 	}
-	if err := os.Symlink(newEpoch(), filepath.Join(tmp, epochLink)); err != nil {
-		return err
+	for name, target := range map[string]string{epochLink: h.epoch, layoutLink: d.opts.build().layout} {
+		if err := os.Symlink(target, filepath.Join(tmp, name)); err != nil {
+			return err
+		}
 	}
 	loaded := d.in(tmp)
 	defer loaded.closeFDs()
@@ -281,9 +261,10 @@ func pinned(o *objects) map[string]pinner {
 	}
 }
 
-// loadObjects loads the collection. The stamp program in it serves no pod:
-// loading it shows at once whether a pod's own would be accepted.
-func (d *Datapath) loadObjects() (*objects, error) {
+// loadObjects loads the collection, with maps that are there already in the place
+// of its own. The stamp program in it serves no pod: loading it shows at once
+// whether a pod's own would be accepted.
+func (d *Datapath) loadObjects(maps map[string]*ebpf.Map) (*objects, error) {
 	// bpf_set_retval is there since Linux 5.18 (commit b44123b4a3dc),
 	// bpf_skc_to_mptcp_sock since 5.19 (3bc253c2e652), if it has MPTCP. What
 	// they do can be done without: try with them first.
@@ -308,7 +289,7 @@ func (d *Datapath) loadObjects() (*objects, error) {
 		d.sizeMaps(spec)
 		withoutTC(spec)
 		objs := new(objects)
-		if err = spec.LoadAndAssign(objs, nil); err == nil {
+		if err = spec.LoadAndAssign(objs, &ebpf.CollectionOptions{MapReplacements: maps}); err == nil {
 			return objs, nil
 		}
 		if errors.Is(err, unix.EPERM) {

@@ -34,9 +34,9 @@ var (
 	ErrInterfaces = errors.New("its interfaces can't be excluded by eBPF")
 	// ErrFull says that a map is full: a policy is never cut short.
 	ErrFull = errors.New("the map is full with the entries of this node's pods")
-	// ErrOtherBuild says that pods use a datapath that another build of Shunt
-	// has loaded, so that this build can't load its own.
-	ErrOtherBuild = errors.New("the datapath is of another build of shunt, and pods use it")
+	// ErrOtherBuild says that a pod has programs of another build of Shunt, which
+	// this build's can't take the place of.
+	ErrOtherBuild = errors.New("the pod's programs are of another build of shunt")
 	// ErrNotUndone says that something of a failed attachment may be left.
 	ErrNotUndone = errors.New("not undone")
 	// ErrNotAttached says that an attachment has no record.

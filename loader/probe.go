@@ -540,7 +540,7 @@ func (p *prober) programs() {
 		why, err := p.loadOne(spec, n.program)
 		p.add(row(n.name, n.since, n.neededFor), why, err)
 	}
-	objs, err := (&Datapath{}).loadObjects()
+	objs, err := (&Datapath{}).loadObjects(nil)
 	if err == nil {
 		err = objs.Close()
 	}

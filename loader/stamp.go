@@ -125,31 +125,10 @@ func anyName(dir string) (string, error) {
 
 // newStamp loads a program for a slot that no other has, and pins it.
 func (d *Datapath) newStamp(path func(slot uint32) string) (slot uint32, prog fd, err error) {
-	slots, err := d.object(bpf.ShuntMapSlots)
-	if err != nil {
+	if slot, err = d.newSlot(); err != nil {
 		return 0, -1, err
 	}
-	// The highest slot is noted first: a process that ends here wastes one.
-	var highest uint32
-	var last uint64
-	if err := lookup(slots, &highest, &last); err != nil {
-		return 0, -1, fmt.Errorf("read the highest slot: %w", err)
-	}
-	last++
-	slot = uint32(last)
-	if err := update(slots, &highest, &last, updateAny); err != nil {
-		return 0, -1, fmt.Errorf("write the highest slot: %w", err)
-	}
-	var cookie uint64
-	if err := lookup(slots, &slot, &cookie); err != nil {
-		return 0, -1, fmt.Errorf("slot %d of the stamp programs: %w: the map is full with the pods of this node", slot, err)
-	}
-	code, err := bpf.Stamp(slot, func(name string) (int, error) { f, err := d.object(name); return int(f), err })
-	if err != nil {
-		return 0, -1, err
-	}
-	prog, err = loadProgram(ebpf.SkLookup, ebpf.AttachSkLookup, bpf.ShuntProgShuntStamp, bpf.License, code)
-	if err != nil {
+	if prog, err = d.loadStamp(slot); err != nil {
 		return 0, -1, err
 	}
 	if err := prog.pin(path(slot)); err != nil {
@@ -157,6 +136,82 @@ func (d *Datapath) newStamp(path func(slot uint32) string) (slot uint32, prog fd
 		return 0, -1, err
 	}
 	return slot, prog, nil
+}
+
+// newSlot gives a slot that no program has: the next after the highest, or one that
+// was lost, where the map ends.
+func (d *Datapath) newSlot() (slot uint32, err error) {
+	slots, err := d.object(bpf.ShuntMapSlots)
+	if err != nil {
+		return 0, err
+	}
+	var highest uint32
+	var last, cookie uint64
+	if err := lookup(slots, &highest, &last); err != nil {
+		return 0, fmt.Errorf("read the highest slot: %w", err)
+	}
+	slot = uint32(last) + 1
+	err = lookup(slots, &slot, &cookie)
+	if errors.Is(err, unix.ENOENT) {
+		if slot, err = d.lostSlot(slots, uint32(last)); err != nil {
+			return 0, fmt.Errorf("find a slot for a stamp program: %w", err)
+		}
+		return slot, nil
+	}
+	if err != nil {
+		return 0, fmt.Errorf("read slot %d of the stamp programs: %w", slot, err)
+	}
+	// The highest slot is noted first: a process that ends here loses one.
+	last++
+	if err := update(slots, &highest, &last, updateAny); err != nil {
+		return 0, fmt.Errorf("write the highest slot: %w", err)
+	}
+	return slot, nil
+}
+
+// lostSlot finds a slot that was given out and that no program has: of processes
+// that ended before they had made one, and of builds that are gone.
+func (d *Datapath) lostSlot(slots fd, highest uint32) (uint32, error) {
+	taken := map[string]bool{}
+	for _, x := range []struct{ pattern, prefix string }{
+		{filepath.Join(netnsLinks, "*", stampPrefix+"*"), stampPrefix},
+		{filepath.Join(datapathPrefix+"*", stampsDir, "*"), ""},
+		{filepath.Join(loadPrefix+"*", stampsDir, "*"), ""},
+	} {
+		paths, err := filepath.Glob(filepath.Join(d.opts.BPFDir, x.pattern))
+		if err != nil {
+			return 0, err
+		}
+		for _, path := range paths {
+			taken[strings.TrimPrefix(filepath.Base(path), x.prefix)] = true
+		}
+	}
+	for slot := uint32(1); slot <= highest; slot++ {
+		if taken[strconv.FormatUint(uint64(slot), 10)] {
+			continue
+		}
+		var cookie uint64
+		err := lookup(slots, &slot, &cookie)
+		if errors.Is(err, unix.ENOENT) {
+			break // the map's end
+		}
+		if err != nil {
+			return 0, fmt.Errorf("read slot %d: %w", slot, err)
+		}
+		if cookie == 0 {
+			return slot, nil
+		}
+	}
+	return 0, ErrFull
+}
+
+// loadStamp loads a stamp program for a slot.
+func (d *Datapath) loadStamp(slot uint32) (fd, error) {
+	code, err := bpf.Stamp(slot, func(name string) (int, error) { f, err := d.object(name); return int(f), err })
+	if err != nil {
+		return -1, err
+	}
+	return loadProgram(ebpf.SkLookup, ebpf.AttachSkLookup, bpf.ShuntProgShuntStamp, bpf.License, code)
 }
 
 // returnStamps gives back the programs that a pod has.

@@ -35,8 +35,9 @@ type Status struct {
 	// Loaded: the datapath that the record speaks of is there. Else it has gone
 	// with its pins, or with the boot.
 	Loaded bool
-	// OtherBuild: that datapath is another build's than this one.
-	OtherBuild bool
+	// OtherBuild: that datapath is another build's than this one. Movable: they
+	// work on the same maps, and the pod can have this one's programs.
+	OtherBuild, Movable bool
 	// NetnsGone: the pod's network namespace is no more, or can't be found.
 	NetnsGone bool
 	// CgroupGone: the pod's cgroup is no more, or was made anew.
@@ -278,13 +279,18 @@ func (s *surveyor) errorsOf(cookie uint64) ([]ErrorCount, error) {
 
 // look asks for all of an attachment. The status is never nil.
 func (s *surveyor) look(r *Record) (st *Status, err error) {
-	own := "datapath-" + bpf.Digest[:16]
+	own := s.opts.build().dir
 	st = &Status{Record: r, OtherBuild: r.Build != own, HandshakeLimit: cmp.Or(int64(s.opts.InflightLimit), inflightLimit)}
 	b, err := s.build(r.Build)
 	if err != nil {
 		return st, err
 	}
 	st.Loaded = b.epoch == r.Epoch && b.epoch != ""
+	if st.OtherBuild && st.Loaded {
+		if st.Movable, err = s.movable(r, b); err != nil {
+			return st, err
+		}
+	}
 
 	alive := s.lookHooks(st, b)
 	if !alive {
@@ -311,6 +317,23 @@ func (s *surveyor) look(r *Record) (st *Status, err error) {
 		errs = append(errs, s.lookCloser(st, b))
 	}
 	return st, errors.Join(errs...)
+}
+
+// movable reports whether the pod of another build can have this one's programs:
+// where this one's are not loaded, it is seen by how its maps are laid out.
+func (s *surveyor) movable(r *Record, b *loaded) (bool, error) {
+	if r.Rules.Flags&^s.opts.build().flags != 0 {
+		return false, nil
+	}
+	own, err := s.build(s.opts.build().dir)
+	if err != nil {
+		return false, err
+	}
+	if own.epoch != "" {
+		return own.epoch == r.Epoch, nil
+	}
+	l, err := b.layoutOf(r.Build)
+	return err == nil && parseLayout(s.opts.build().layout).like(l), err
 }
 
 // netnsGone looks for the network namespace by its path, and its cookie.

@@ -241,6 +241,17 @@ func createLink(prog, target fd, attach ebpf.AttachType) (fd, error) {
 	return fd(f), nil
 }
 
+// update has a link run another program of the same type, from one packet or call to
+// the next. One whose target is gone runs none, and stays as it is.
+func (f fd) update(prog fd) error {
+	attr := struct{ link, prog, flags, old uint32 }{link: uint32(f), prog: uint32(prog)}
+	_, err := syscallBPF(unix.BPF_LINK_UPDATE, unsafe.Pointer(&attr), unsafe.Sizeof(attr))
+	if errors.Is(err, unix.ENOLINK) {
+		return nil
+	}
+	return err
+}
+
 // query lists the programs that are attached to a cgroup or network namespace
 // itself, in the order in which they run.
 func query(target fd, attach ebpf.AttachType) ([]uint32, error) {
@@ -269,7 +280,7 @@ func (f fd) detach() error {
 
 // linkInfo is struct bpf_link_info for cgroup and netns links.
 type linkInfo struct {
-	_      uint32 // type
+	kind   uint32 // enum bpf_link_type
 	id     uint32
 	progID uint32
 	_      uint32

@@ -64,7 +64,7 @@ const (
 	ReasonUserNamespace ReasonName = "user-namespace" // of a pod with hostUsers: false, its ids can't be told
 	ReasonListener      ReasonName = "listener"       // a running proxy's listener could not be registered
 	ReasonMapFull       ReasonName = "map-full"       // the node's pods have filled a map
-	ReasonOtherBuild    ReasonName = "other-build"    // pods use the datapath of another build
+	ReasonOtherBuild    ReasonName = "other-build"    // the pod has programs of another build
 	ReasonFailed        ReasonName = "ebpf-failed"    // anything else
 )
 

@@ -141,18 +141,6 @@ var impossible = []struct {
 		redirect.ReasonAttachRefused,
 		[]string{"attach CGroupSockOps: invalid argument"},
 	},
-	{
-		"pods use another build", func(t *testing.T, n *node, _ *testbed.Pod) {
-			for _, dir := range []string{"/datapath-0123456789abcdef", "/cgroups/1"} {
-				if err := os.MkdirAll(n.BPFDir+dir, 0o700); err != nil {
-					t.Fatal(err)
-				}
-			}
-			t.Cleanup(func() { _ = os.Remove(n.BPFDir + "/cgroups/1") }) // or the node would complain of it
-		},
-		redirect.ReasonOtherBuild,
-		[]string{"another build"},
-	},
 }
 
 // TestPrivilegedFallback: where eBPF can't be had, auto redirects by iptables

@@ -50,6 +50,8 @@ type programmer interface {
 	Remove(ctx context.Context, a redirect.Attachment) error
 	// Attachments lists what is programmed for a CNI network.
 	Attachments(ctx context.Context, network string) ([]redirect.Attachment, error)
+	// Sweep removes what is left of pods that are gone, whatever their network.
+	Sweep(ctx context.Context) ([]redirect.Attachment, error)
 	// Ready fails where no pod could be programmed by a datapath, or by
 	// redirect.Auto; notEBPF says why pods would go by iptables.
 	Ready(ctx context.Context, datapath string) (notEBPF *redirect.Reason, err error)
@@ -365,6 +367,13 @@ func (p *plugin) gc(args *skel.CmdArgs) error {
 			continue
 		}
 		log.Info("removed what belonged to no valid attachment", "container", a.ContainerID, "interface", a.IfName)
+	}
+	swept, err := node.Sweep(ctx)
+	for _, a := range swept {
+		log.Info("removed what was left of a pod that is gone", "container", a.ContainerID, "interface", a.IfName)
+	}
+	if err != nil {
+		errs = append(errs, fmt.Errorf("remove what is left of pods that are gone: %w", err))
 	}
 	if err := errors.Join(errs...); err != nil {
 		return fail(codeProgram, "collect garbage: %v", err)

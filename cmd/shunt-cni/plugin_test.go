@@ -126,7 +126,7 @@ type fakeBackend struct {
 	notEBPF  *redirect.Reason
 	removed  []redirect.Attachment
 	applyErr, checkErr, removeErr,
-	listErr, readyErr error
+	listErr, readyErr, sweepErr error
 }
 
 func (f *fakeBackend) Apply(_ context.Context, t redirect.Target, p *redirect.Policy, c redirect.Choice) (redirect.Choice, error) {
@@ -176,6 +176,8 @@ func (f *fakeBackend) Attachments(context.Context, string) ([]redirect.Attachmen
 	}
 	return out, f.listErr
 }
+
+func (f *fakeBackend) Sweep(context.Context) ([]redirect.Attachment, error) { return nil, f.sweepErr }
 
 func (f *fakeBackend) Ready(context.Context, string) (*redirect.Reason, error) {
 	return f.notEBPF, f.readyErr
@@ -642,6 +644,7 @@ func TestGC(t *testing.T) {
 		{name: "told nonsense", conf: `"cni.dev/valid-attachments":[1]`, left: []redirect.Attachment{keep, stale, otherIf}, code: 7, want: "valid-attachments[0]: 1 is not an object"},
 		{name: "can't remove", conf: valid, prepare: func(b *bed) { b.backend.removeErr = errors.New("EBUSY") }, left: []redirect.Attachment{keep, stale, otherIf}, code: 100, want: "for container c2: EBUSY"},
 		{name: "can't list", conf: valid, prepare: func(b *bed) { b.backend.listErr = errors.New("EIO") }, left: []redirect.Attachment{keep, stale, otherIf}, code: 100, want: "list what is programmed: EIO"},
+		{name: "can't sweep", conf: valid, prepare: func(b *bed) { b.backend.sweepErr = errors.New("EPERM") }, left: []redirect.Attachment{keep}, code: 100, want: "pods that are gone: EPERM"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			b := newBed(t)

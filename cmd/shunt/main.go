@@ -115,7 +115,7 @@ verb's own.`,
 	}
 	root.AddCommand(
 		newProbeCmd(), newExplainCmd(), newRenderCmd(), newStatusCmd(), newTraceCmd(),
-		newApplyCmd(), newCheckCmd(), newRemoveCmd(),
+		newApplyCmd(), newCheckCmd(), newRemoveCmd(), newUpgradeCmd(),
 		newValidateCmd(),
 		newVersionCmd(),
 	)

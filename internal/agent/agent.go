@@ -59,6 +59,7 @@ type Agent struct {
 	keeper   *keeper
 	relay    *relay
 	sweeper  *sweeper
+	upkeeper *upkeeper
 	owner    *owner
 	token    *tokenKeeper
 	fatal    chan error
@@ -82,6 +83,7 @@ func New(opts Options) (*Agent, error) {
 	a.metrics = newMetrics(func() bool { return a.keeper.state().Installed })
 	a.relay = &relay{runDir: opts.RunDir, log: a.log.Handler(), metrics: a.metrics}
 	a.sweeper = newSweeper(a.config, opts.RunDir, a.metrics, a.log)
+	a.upkeeper = newUpkeeper(a.config, opts.RunDir, func() bool { st := a.keeper.state(); return st.Installed && !st.Behind }, a.log)
 	a.token = newTokenKeeper(opts.Client, opts.RunDir, opts.Kubeconfig.TokenFile, a.log)
 	a.opts.Kubeconfig.TokenFile = a.token.path
 	a.owner = newOwner(opts.Client, opts.Namespace, opts.DaemonSet, opts.Node, a.log)
@@ -135,6 +137,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	a.loops.start(work, "token", a.token.run)
 	a.loops.start(work, "plugin's log", a.relay.run)
 	a.loops.start(work, "pods' state", a.sweeper.run)
+	a.loops.start(work, "upkeep", a.upkeeper.run)
 	a.watchers.startOther(work, "DaemonSet", a.owner.run)
 	a.serve(work, cache, keeper)
 	late := context.WithoutCancel(ctx)
@@ -216,6 +219,10 @@ func (a *Agent) serve(ctx context.Context, cache, keeper *loop) {
 // Uninstall takes the plugin from the node. Pods that run keep their
 // redirection.
 func Uninstall(ctx context.Context, opts Options) error {
+	// A runtime that reads the configuration anew for each DEL does not call the plugin
+	// for a pod that ends when the entry is gone. What is left of those that have ended
+	// would keep the plugin's binary on the node.
+	newUpkeeper(configOf(opts), opts.RunDir, nil, opts.Log).sweepOnce(ctx)
 	if err := install.Uninstall(ctx, opts.installOptions(nil)); err != nil {
 		return fmt.Errorf("take the plugin from the node: %w", err)
 	}

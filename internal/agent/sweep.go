@@ -182,8 +182,11 @@ func (s *sweeper) condition() (ok bool, text string) {
 }
 
 // hidden are the problems that only those can tell who see network namespaces
-// and may enter them. The agent can't; `shunt status` on the node can.
-var hidden = map[string]bool{backends.ProblemStale: true, backends.ProblemHookUnknown: true, backends.ProblemRules: true}
+// and may enter them. The agent can't; `shunt status` on the node can. Of pods with
+// another build's programs the upkeeper tells.
+var hidden = map[string]bool{
+	backends.ProblemStale: true, backends.ProblemHookUnknown: true, backends.ProblemRules: true, backends.ProblemOtherBuild: true,
+}
 
 // tell logs a pod's problem, once for as long as the pod is there.
 func (s *sweeper) tell(id string, st *backends.Status, p backends.Problem) {

@@ -120,6 +120,9 @@ func parseSockaddr(b []byte) (netip.AddrPort, error) {
 	}
 }
 
+// InfoOf asks a socket of the test's own, such as one that it has taken from an actor.
+func InfoOf(fd int) SockInfo { return sockInfo(fd) }
+
 // sockInfo asks a socket all that [SockInfo] holds.
 func sockInfo(fd int) SockInfo {
 	var i SockInfo

@@ -55,6 +55,7 @@ type Backends struct {
 	// restore mends what iptables has made, where eBPF has failed to take over.
 	restore func(ctx context.Context, a redirect.Attachment) error
 	foreign func(ctx context.Context, netns string) ([]string, error)
+	sweep   func(ctx context.Context) ([]redirect.Attachment, error)
 	// What Status asks.
 	node  loader.Options
 	rules *iptables.Backend
@@ -70,13 +71,15 @@ func New(opts Options) *Backends {
 		RunDir: opts.RunDir, Mode: opts.Iptables, Path: opts.IptablesPath, Timeout: opts.IptablesTimeout, Log: opts.Log,
 	})
 	node := loader.Options{BPFDir: opts.BPFDir, RunDir: opts.RunDir, Log: opts.Log}
+	kernel := ebpf.New(node)
 	return &Backends{
-		ebpf:     ebpf.New(node),
+		ebpf:     kernel,
 		iptables: ipt,
 		yield:    ipt.Yield,
 		takeOver: ipt.TakeOver,
 		restore:  ipt.Restore,
 		foreign:  ipt.Foreign,
+		sweep:    kernel.Sweep,
 		node:     node,
 		rules:    ipt,
 		log:      opts.Log,
@@ -186,6 +189,10 @@ func (b *Backends) Ready(ctx context.Context, datapath string) (notEBPF *redirec
 	reason := ebpf.Reason(err)
 	return &reason, nil
 }
+
+// Sweep removes what is left of pods that are gone, as far as the kernel says that
+// they are: what eBPF has made. iptables' rules go with their network namespace.
+func (b *Backends) Sweep(ctx context.Context) ([]redirect.Attachment, error) { return b.sweep(ctx) }
 
 // Foreign names what of others redirects connections in a network namespace: a
 // pod that Shunt knows nothing of may have been programmed by another.

@@ -56,6 +56,14 @@ func problemStale(a redirect.Attachment, netns string) Problem {
 	}
 }
 
+// remedyOfBuild is for a pod with another build's programs.
+func remedyOfBuild(movable bool) string {
+	if movable {
+		return "it goes on to work; the node agent, or `shunt upgrade`, has this build's programs take over without a gap"
+	}
+	return "it goes on to work until it ends; delete the pod to have it made anew by this build"
+}
+
 func problemBoth(s *Status) Problem {
 	return Problem{ProblemBoth, "both eBPF and iptables have a record of it: a change from one to the other did not come to its end", apply(s.Netns)}
 }
@@ -86,8 +94,8 @@ func problemsOfEBPF(s *loader.Status, node *loader.Survey) (list []Problem) {
 	}
 	if s.OtherBuild {
 		list = append(list, Problem{
-			ProblemOtherBuild, fmt.Sprintf("it is redirected by the datapath of another build of shunt (%s; this one's is datapath-%s)", s.Build, bpf.Digest[:16]),
-			"it goes on to work; change it with that build, or drain the node to have this one take over",
+			ProblemOtherBuild, fmt.Sprintf("it is redirected by the programs of another build of shunt (%s; this one's are in datapath-%s)", s.Build, bpf.Digest[:16]),
+			remedyOfBuild(s.Movable),
 		})
 	}
 	list = append(list, problemsOfHooks(s)...)

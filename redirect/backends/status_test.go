@@ -57,7 +57,8 @@ func TestProblemsOfEBPF(t *testing.T) {
 		{"namespace gone", func(s *loader.Status, _ *loader.Survey) { s.NetnsGone, s.Loaded = true, false }, []string{"stale|/run/netns/x is gone|shunt remove --container-id c1"}},
 		{"datapath gone", func(s *loader.Status, _ *loader.Survey) { s.Loaded = false }, []string{"datapath-gone|datapath-x|" + apply}},
 		{"being changed", func(s *loader.Status, _ *loader.Survey) { s.Changing, s.Loaded, s.Missing = true, false, []string{"x"} }, nil},
-		{"another build", func(s *loader.Status, _ *loader.Survey) { s.OtherBuild = true }, []string{"other-build|datapath-x|drain the node"}},
+		{"another build", func(s *loader.Status, _ *loader.Survey) { s.OtherBuild = true }, []string{"other-build|datapath-x|delete the pod"}},
+		{"another build of the same maps", func(s *loader.Status, _ *loader.Survey) { s.OtherBuild, s.Movable = true, true }, []string{"other-build|datapath-x|shunt upgrade"}},
 		{"hooks", func(s *loader.Status, _ *loader.Survey) {
 			s.Hooks = append(s.Hooks,
 				loader.HookStatus{Name: "a", State: loader.HookMissing, Text: "a is not attached"}, loader.HookStatus{Name: "b", State: loader.HookMissing, Text: "b is not attached"},

@@ -115,6 +115,22 @@ func (b *Backend) ReadyTC(ctx context.Context) error {
 	return d.PrepareTC()
 }
 
+// Upgrade has this build's programs redirect the node's pods, where another build's do
+// so far: see loader.Upgrade.
+func (b *Backend) Upgrade(ctx context.Context) (*loader.Upgraded, error) {
+	return loader.Upgrade(ctx, b.opts)
+}
+
+// Sweep removes what is left of pods that are gone: see loader.Sweep.
+func (b *Backend) Sweep(ctx context.Context) ([]redirect.Attachment, error) {
+	removed, err := loader.Sweep(ctx, b.opts)
+	out := make([]redirect.Attachment, len(removed))
+	for i, a := range removed {
+		out[i] = redirect.Attachment(a)
+	}
+	return out, err
+}
+
 // Reason says why an Apply that failed by err leaves the pod to another backend.
 func Reason(err error) redirect.Reason {
 	r := redirect.Reason{Name: redirect.ReasonFailed, Text: "eBPF has failed: " + err.Error()}
