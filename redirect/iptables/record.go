@@ -17,6 +17,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"shunt.dev/shunt/internal/rundir"
 	"shunt.dev/shunt/loader"
 	"shunt.dev/shunt/redirect"
 )
@@ -217,8 +218,10 @@ func (b *Backend) shared(r *record) (bool, error) {
 // it has, and the programs that it had started: they hold the lock too. It
 // waits until ctx is done.
 func (b *Backend) lock(ctx context.Context, a redirect.Attachment) (func(), error) {
-	if err := os.MkdirAll(b.dir(), 0o700); err != nil {
-		return nil, fmt.Errorf("make the folder of records: %w", err)
+	for _, dir := range []string{b.opts.RunDir, b.dir()} {
+		if err := rundir.Make(dir); err != nil {
+			return nil, fmt.Errorf("make the folder of records: %w", err)
+		}
 	}
 	path := filepath.Join(b.dir(), "lock")
 	f, err := unix.Open(path, unix.O_CREAT|unix.O_RDWR|unix.O_CLOEXEC|unix.O_NOFOLLOW, 0o600)
