@@ -26,6 +26,8 @@ DEPS     ?= 1
 # Which other kernels, and 1 to write what they say into docs/KERNELS.md.
 KERNELS  ?= 5.10 6.1 6.12
 KERNELS_UPDATE ?=
+# Another vulnerability database than the Go project's, such as file:///path.
+VULNDB   ?=
 # A file that each test run adds its numbers to; `.ci/run` sums them up.
 TALLY    ?=
 
@@ -100,6 +102,15 @@ test-kernels: deps-build deps-kernels ## probe, and run some tests, on KERNELS (
 .PHONY: fuzz
 fuzz: ## fuzz each parser for FUZZTIME
 	@scripts/fuzz.sh $(FUZZTIME)
+
+.PHONY: faults
+faults: need-root ## fail and kill ADD and DEL at each step, and write docs/FAULTS.md (root)
+	SHUNT_CNI_TEST_ALL_STEPS=1 $(GO) test -count=1 -timeout 60m -run '^TestPrivileged(Killed|Failed)Anywhere$$' ./cmd/shunt-cni -update
+	@grep -E '^(## |\|)' docs/FAULTS.md
+
+.PHONY: vulncheck
+vulncheck: ## look for what is known to be vulnerable
+	@scripts/vulncheck.sh $(VULNDB)
 
 .PHONY: bench
 bench: deps-test need-root ## run the benchmarks of bench/ and report: docs/BENCHMARKS.md, bin/bench/report.html (root)

@@ -18,6 +18,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"shunt.dev/shunt/bpf"
+	"shunt.dev/shunt/internal/rundir"
 )
 
 // Options say where a node's datapath lives.
@@ -56,13 +57,10 @@ type Datapath struct {
 // use another build's, this one's is loaded beside it.
 func Open(ctx context.Context, opts Options) (_ *Datapath, err error) {
 	d := newDatapath(opts)
-	d.release, err = lock(ctx, opts.RunDir)
-	if errors.Is(err, fs.ErrNotExist) {
-		if err := os.MkdirAll(opts.RunDir, 0o700); err != nil {
-			return nil, err
-		}
-		d.release, err = lock(ctx, opts.RunDir)
+	if err := rundir.Make(opts.RunDir); err != nil {
+		return nil, fmt.Errorf("runDir: %w", err)
 	}
+	d.release, err = lock(ctx, opts.RunDir)
 	if err != nil {
 		return nil, err
 	}
@@ -71,6 +69,9 @@ func Open(ctx context.Context, opts Options) (_ *Datapath, err error) {
 			d.Close()
 		}
 	}()
+	if err := rundir.Check(opts.BPFDir); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("bpfDir: %w", err)
+	}
 	// The common case costs one look-up.
 	if _, err := os.Stat(d.dir); err == nil {
 		return d, nil

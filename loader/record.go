@@ -178,7 +178,7 @@ func (r *Record) encode() []byte {
 		if i > 0 {
 			b = append(b, ',')
 		}
-		str(`{"Prefix":`, d.Prefix.String())
+		str(`{"Prefix":`, prefixText(d.Prefix))
 		num(`,"Flags":`, uint64(d.Flags))
 		str(`,"Source":`, addrText(d.Source))
 		b = append(b, '}')
@@ -195,6 +195,13 @@ func (r *Record) encode() []byte {
 		b = append(b, '}')
 	}
 	return append(b, "]}}\n"...)
+}
+
+func prefixText(p netip.Prefix) string {
+	if !p.IsValid() {
+		return ""
+	}
+	return p.String()
 }
 
 func addrText(a netip.Addr) string {

@@ -43,6 +43,7 @@ const (
 	wrapNoBPF  = "SHUNT_CNI_TEST_WITHOUT_BPF"  // an errno, and the commands of bpf(2) that give it
 	// not empty: a kernel without netns cookies
 	wrapNoCookies = "SHUNT_CNI_TEST_WITHOUT_COOKIES"
+	wrapUmask     = "SHUNT_CNI_TEST_UMASK"     // not empty: no umask at all
 	allSteps      = "SHUNT_CNI_TEST_ALL_STEPS" // not empty: no sampling
 	seedEnv       = "SHUNT_CNI_TEST_SEED"      // of the samples; random else
 	quietRace     = "GORACE=atexit_sleep_ms=0" // the race detector's plugin would rest for a second
@@ -94,6 +95,9 @@ func becomeWrapped(plugin string) error {
 		if err := unix.Setns(fd, unix.CLONE_NEWNS); err != nil {
 			return fmt.Errorf("enter mount namespace: %w", err)
 		}
+	}
+	if os.Getenv(wrapUmask) != "" {
+		unix.Umask(0)
 	}
 	if refused := strings.Fields(os.Getenv(wrapNoBPF)); len(refused) > 0 {
 		if err := refuseBPF(refused); err != nil {
@@ -334,6 +338,15 @@ func (n *node) expectOnly(t testing.TB, allowed func(string) bool, pods ...*test
 	})
 	if len(left) > 0 {
 		t.Errorf("left behind:\n\t%s", strings.Join(left, "\n\t"))
+	}
+}
+
+// expectUnruled fails the test if iptables has rules of ours in a pod on a node
+// whose pods are redirected by them.
+func (n *node) expectUnruled(t testing.TB, p *testbed.Pod) {
+	t.Helper()
+	if n.Config["datapath"] == "iptables" && ruled(t, p) {
+		t.Errorf("pod %s: rules are left", p.Name)
 	}
 }
 
@@ -1033,9 +1046,24 @@ func booted(t *testing.T, w *testbed.World, observe []string) testbed.StepsResul
 func TestPrivilegedKilledAnywhere(t *testing.T) {
 	testbed.NeedSteps(t)
 	w := begin(t)
+	n := newNode(t, w)
+	first := n.pod(t)
+	n.MustAdd(t, first)
+	n.MustDel(t, first)
 
-	// killedAdd is one ADD that is killed, and what must be possible then.
-	killedAdd := func(t *testing.T, n *node, fault testbed.Fault) testbed.StepsResult {
+	// expect what a pod has by the datapath of the test.
+	expect := func(t *testing.T, n *node, p *testbed.Pod) {
+		t.Helper()
+		n.MustCheck(t, p)
+		if n.Config["datapath"] != "iptables" {
+			expectHooks(t, p)
+		} else if !ruled(t, p) {
+			t.Errorf("pod %s has no rules", p.Name)
+		}
+	}
+	// killedAdd is one ADD that is killed, and what must be possible then: the
+	// same again, or its end and another pod.
+	killedAdd := func(t *testing.T, n *node, m *matrix, fault testbed.Fault) testbed.StepsResult {
 		p := n.pod(t)
 		r, s := n.Steps(t, "ADD", p, fault, nil)
 		switch {
@@ -1046,31 +1074,47 @@ func TestPrivilegedKilledAnywhere(t *testing.T) {
 			n.MustDel(t, p)
 		case r.ExitCode != -1:
 			t.Fatalf("ADD was not killed: %s", r)
-		case fault.Step%2 == 1:
+		case fault.Kind == testbed.KillBefore:
 			n.MustAdd(t, p)
-			n.MustCheck(t, p)
-			expectHooks(t, p)
+			expect(t, n, p)
 			n.expectRedirected(t, p)
 			n.MustDel(t, p)
+			m.at(n, s, fault, outAddAgain)
 		default:
 			n.MustDel(t, p)
 			n.expectOnly(t, cutShort, p)
 			other := n.pod(t)
 			n.MustAdd(t, other)
-			n.MustCheck(t, other)
-			expectHooks(t, other)
+			expect(t, n, other)
 			n.MustDel(t, other)
 			n.expectNothing(t, other)
+			m.at(n, s, fault, outDelAgain)
 		}
 		n.expectNothing(t, p)
+		n.expectUnruled(t, p)
+		return s
+	}
+	// killedDel is one DEL that is killed.
+	killedDel := func(t *testing.T, n *node, m *matrix, step int) testbed.StepsResult {
+		p := n.pod(t)
+		n.MustAdd(t, p)
+		fault := testbed.Fault{Step: step}
+		r, s := n.Steps(t, "DEL", p, fault, nil)
+		if s.Hit && r.ExitCode != -1 {
+			t.Fatalf("DEL was not killed: %s", r)
+		}
+		if s.Hit && step%2 == 0 {
+			n.MustAdd(t, p)
+			expect(t, n, p)
+		}
+		n.MustDel(t, p, testbed.LateDel())
+		n.expectNothing(t, p)
+		n.expectUnruled(t, p)
+		m.at(n, s, fault, outDelAgain)
 		return s
 	}
 
-	n := newNode(t, w)
-	first := n.pod(t)
-	n.MustAdd(t, first)
-	n.MustDel(t, first)
-
+	add := newMatrix("ADD, killed", columnBefore, columnAfter)
 	for _, kind := range []testbed.FaultKind{testbed.KillBefore, testbed.KillAfter} {
 		name := map[testbed.FaultKind]string{testbed.KillBefore: "before", testbed.KillAfter: "after"}[kind]
 		t.Run("ADD "+name, func(t *testing.T) {
@@ -1078,38 +1122,45 @@ func TestPrivilegedKilledAnywhere(t *testing.T) {
 				if kind == testbed.KillAfter {
 					n.drain(t)
 				}
-				return killedAdd(t, n, testbed.Fault{Step: step, Kind: kind})
+				return killedAdd(t, n, add, testbed.Fault{Step: step, Kind: kind})
 			})
 			t.Logf("killed %s each of %d steps", name, tried)
 		})
 	}
+	add.settle(t)
 	t.Run("DEL", func(t *testing.T) {
-		tried, _ := sweep(t, nil, func(t *testing.T, step int) testbed.StepsResult {
-			p := n.pod(t)
-			n.MustAdd(t, p)
-			r, s := n.Steps(t, "DEL", p, testbed.Fault{Step: step}, nil)
-			if s.Hit && r.ExitCode != -1 {
-				t.Fatalf("DEL was not killed: %s", r)
-			}
-			if s.Hit && step%2 == 0 {
-				n.MustAdd(t, p)
-				n.MustCheck(t, p)
-				expectHooks(t, p)
-			}
-			n.MustDel(t, p, testbed.LateDel())
-			n.expectNothing(t, p)
-			return s
-		})
+		m := newMatrix("DEL, killed", columnBefore)
+		tried, _ := sweep(t, nil, func(t *testing.T, step int) testbed.StepsResult { return killedDel(t, n, m, step) })
 		t.Logf("killed before each of %d steps", tried)
+		m.settle(t)
+	})
+	t.Run("iptables", func(t *testing.T) {
+		n := newNode(t, w)
+		n.Config = map[string]any{"datapath": "iptables"}
+		first := n.pod(t) // which finds the node's programs
+		n.MustAdd(t, first)
+		n.MustDel(t, first)
+		m := newMatrix("ADD by iptables, killed", columnBefore, columnAfter)
+		for _, kind := range []testbed.FaultKind{testbed.KillBefore, testbed.KillAfter} {
+			sweep(t, oneIn(t, 10), func(t *testing.T, step int) testbed.StepsResult {
+				return killedAdd(t, n, m, testbed.Fault{Step: step, Kind: kind})
+			})
+		}
+		m.settle(t)
+		m = newMatrix("DEL by iptables, killed", columnBefore)
+		sweep(t, oneIn(t, 10), func(t *testing.T, step int) testbed.StepsResult { return killedDel(t, n, m, step) })
+		m.settle(t)
 	})
 	t.Run("TPROXY and DNS", func(t *testing.T) {
 		for _, verb := range []string{"ADD", "DEL"} {
+			m := newMatrix(verb+" with TPROXY and DNS, killed", columnBefore)
 			tried, _ := sweep(t, nil, func(t *testing.T, step int) testbed.StepsResult {
 				p := n.heavyPod(t)
 				if verb == "DEL" {
 					n.MustAdd(t, p)
 				}
-				r, s := n.Steps(t, verb, p, testbed.Fault{Step: step}, nil)
+				fault := testbed.Fault{Step: step}
+				r, s := n.Steps(t, verb, p, fault, nil)
 				if s.Hit && r.ExitCode != -1 || !s.Hit && !r.OK() {
 					t.Fatalf("%s: %s", verb, r)
 				}
@@ -1122,9 +1173,11 @@ func TestPrivilegedKilledAnywhere(t *testing.T) {
 				n.MustDel(t, p)
 				expectMarks(t, p, false)
 				n.expectOnly(t, cutShort, p)
+				m.at(n, s, fault, outDelAgain)
 				return s
 			})
 			t.Logf("%s killed before each of %d steps", verb, tried)
+			m.settle(t)
 		}
 		p := n.pod(t) // which clears away what was cut short
 		n.MustAdd(t, p)
@@ -1132,10 +1185,12 @@ func TestPrivilegedKilledAnywhere(t *testing.T) {
 	})
 	t.Run("first ADD", func(t *testing.T) {
 		all := booted(t, w, nil)
+		m := newMatrix("first ADD, killed", columnBefore, columnAfter)
 		tried, _ := sweep(t, sample(t, all), func(t *testing.T, step int) testbed.StepsResult {
-			return killedAdd(t, newNode(t, w), testbed.Fault{Step: step})
+			return killedAdd(t, newNode(t, w), m, testbed.Fault{Step: step, Kind: testbed.FaultKind(step % 2)})
 		})
-		t.Logf("killed before %d steps", tried)
+		t.Logf("killed at %d steps", tried)
+		m.settle(t)
 	})
 }
 
@@ -1155,8 +1210,19 @@ func unlinked(r testbed.CNIResult) bool { return raced() && r.ExitCode == 127 }
 func TestPrivilegedFailedAnywhere(t *testing.T) {
 	testbed.NeedSteps(t)
 	w := begin(t)
-	fail := func(step int) testbed.Fault {
-		return testbed.Fault{Step: step, Kind: testbed.FailCall, Errno: []unix.Errno{unix.EIO, unix.ENOSPC, unix.EPERM}[step%3]}
+	errnos := []unix.Errno{unix.EIO, unix.ENOSPC, unix.EPERM}
+	facts := "5s" // enough for another try
+	if full() {
+		facts = "2s" // which many steps cost
+	}
+	// each has a step fail by one of the errors, or, where all is tried, by each.
+	each := func(step int, try func(fault testbed.Fault) testbed.StepsResult) (s testbed.StepsResult) {
+		for i := range errnos {
+			if i == 0 || full() {
+				s = try(testbed.Fault{Step: step, Kind: testbed.FailCall, Errno: errnos[(step+i)%len(errnos)]})
+			}
+		}
+		return s
 	}
 	var mu sync.Mutex
 	outcomes := map[string]int{}
@@ -1166,7 +1232,7 @@ func TestPrivilegedFailedAnywhere(t *testing.T) {
 		outcomes[fmt.Sprintf("%s succeeded: %v", what, ok)]++
 	}
 
-	failedAdd := func(t *testing.T, n *node, fault testbed.Fault) testbed.StepsResult {
+	failedAdd := func(t *testing.T, n *node, m *matrix, fault testbed.Fault) testbed.StepsResult {
 		p := n.pod(t)
 		r, s := n.Steps(t, "ADD", p, fault, observed)
 		at := "no fault"
@@ -1182,11 +1248,16 @@ func TestPrivilegedFailedAnywhere(t *testing.T) {
 			if c := n.Check(t, p); !c.OK() {
 				t.Errorf("%s: ADD succeeded, but CHECK says %s", at, c)
 			}
-			if n.Config["datapath"] == "ebpf" || !ruled(t, p) {
-				expectHooks(t, p)
-			} else {
+			outcome := outRedirected
+			if n.Config["datapath"] != "ebpf" && ruled(t, p) {
+				if n.Config["datapath"] == nil {
+					outcome = outFallback
+				}
 				count("iptables", true)
+			} else {
+				expectHooks(t, p)
 			}
+			m.at(n, s, fault, outcome)
 			if fault.Step%8 == 0 {
 				n.expectRedirected(t, p)
 			}
@@ -1199,6 +1270,8 @@ func TestPrivilegedFailedAnywhere(t *testing.T) {
 				t.Logf("%s: the error doesn't say so: %s", at, message(r))
 			}
 			n.expectOnly(t, cutShort, p)
+			n.expectUnruled(t, p)
+			m.at(n, s, fault, outRefused)
 		}
 		n.MustDel(t, p)
 		n.expectOnly(t, cutShort, p)
@@ -1210,58 +1283,96 @@ func TestPrivilegedFailedAnywhere(t *testing.T) {
 	}
 
 	n := newNode(t, w)
-	n.Config = map[string]any{"podFactsTimeout": "5s", "datapath": "ebpf"}
+	n.Config = map[string]any{"podFactsTimeout": facts, "datapath": "ebpf"}
 	first := n.pod(t)
 	n.MustAdd(t, first)
 	n.MustDel(t, first)
+	failedDel := func(t *testing.T, n *node, m *matrix, fault testbed.Fault) testbed.StepsResult {
+		p := n.pod(t)
+		n.MustAdd(t, p)
+		r, s := n.Steps(t, "DEL", p, fault, observed)
+		if s.Hit {
+			count("DEL", r.OK())
+		}
+		switch {
+		case r.OK():
+			n.expectNothing(t, p)
+			n.expectUnruled(t, p)
+			m.at(n, s, fault, outCleared)
+		case unlinked(r):
+		case r.ExitCode != 1 || r.Err == nil || r.Err.Msg == "":
+			t.Errorf("%v: DEL failed, but not by one CNI error: %s", fault, r)
+		default:
+			m.at(n, s, fault, outLater)
+		}
+		n.MustDel(t, p, testbed.LateDel())
+		n.expectNothing(t, p)
+		n.expectUnruled(t, p)
+		return s
+	}
+
+	add := newMatrix("ADD, a call fails", columnFails)
 	for _, drained := range []bool{false, true} {
 		t.Run(map[bool]string{false: "ADD", true: "ADD without a free stamp"}[drained], func(t *testing.T) {
 			tried, _ := sweep(t, nil, func(t *testing.T, step int) testbed.StepsResult {
-				if drained {
-					n.drain(t)
-				}
-				return failedAdd(t, n, fail(step))
+				return each(step, func(fault testbed.Fault) testbed.StepsResult {
+					if drained {
+						n.drain(t)
+					}
+					return failedAdd(t, n, add, fault)
+				})
 			})
 			t.Logf("%d steps", tried)
 		})
 	}
+	add.settle(t)
 	t.Run("ADD, iptables may take over", func(t *testing.T) {
 		auto := newNode(t, w)
-		auto.Config = map[string]any{"podFactsTimeout": "5s"}
+		auto.Config = map[string]any{"podFactsTimeout": facts}
 		first := auto.pod(t)
 		auto.MustAdd(t, first)
 		auto.MustDel(t, first)
-		tried, _ := sweep(t, nil, func(t *testing.T, step int) testbed.StepsResult { return failedAdd(t, auto, fail(step)) })
-		t.Logf("%d steps", tried)
-	})
-	t.Run("DEL", func(t *testing.T) {
+		m := newMatrix("ADD where iptables may take over, a call fails", columnFails)
 		tried, _ := sweep(t, nil, func(t *testing.T, step int) testbed.StepsResult {
-			p := n.pod(t)
-			n.MustAdd(t, p)
-			fault := fail(step)
-			r, s := n.Steps(t, "DEL", p, fault, observed)
-			if s.Hit {
-				count("DEL", r.OK())
-			}
-			switch {
-			case r.OK():
-				n.expectNothing(t, p)
-			case unlinked(r):
-			case r.ExitCode != 1 || r.Err == nil || r.Err.Msg == "":
-				t.Errorf("%v: DEL failed, but not by one CNI error: %s", fault, r)
-			}
-			n.MustDel(t, p, testbed.LateDel())
-			n.expectNothing(t, p)
-			return s
+			return each(step, func(fault testbed.Fault) testbed.StepsResult { return failedAdd(t, auto, m, fault) })
 		})
 		t.Logf("%d steps", tried)
+		m.settle(t)
+	})
+	t.Run("DEL", func(t *testing.T) {
+		m := newMatrix("DEL, a call fails", columnFails)
+		tried, _ := sweep(t, nil, func(t *testing.T, step int) testbed.StepsResult {
+			return each(step, func(fault testbed.Fault) testbed.StepsResult { return failedDel(t, n, m, fault) })
+		})
+		t.Logf("%d steps", tried)
+		m.settle(t)
+	})
+	t.Run("iptables", func(t *testing.T) {
+		n := newNode(t, w)
+		n.Config = map[string]any{"podFactsTimeout": facts, "datapath": "iptables"}
+		first := n.pod(t)
+		n.MustAdd(t, first)
+		n.MustDel(t, first)
+		m := newMatrix("ADD by iptables, a call fails", columnFails)
+		sweep(t, oneIn(t, 10), func(t *testing.T, step int) testbed.StepsResult {
+			return each(step, func(fault testbed.Fault) testbed.StepsResult { return failedAdd(t, n, m, fault) })
+		})
+		m.settle(t)
+		m = newMatrix("DEL by iptables, a call fails", columnFails)
+		sweep(t, oneIn(t, 10), func(t *testing.T, step int) testbed.StepsResult {
+			return each(step, func(fault testbed.Fault) testbed.StepsResult { return failedDel(t, n, m, fault) })
+		})
+		m.settle(t)
 	})
 	t.Run("first ADD", func(t *testing.T) {
 		all := booted(t, w, observed)
+		m := newMatrix("first ADD, a call fails", columnFails)
 		tried, _ := sweep(t, sample(t, all), func(t *testing.T, step int) testbed.StepsResult {
-			return failedAdd(t, newNode(t, w), fail(step))
+			// One error is enough: there are hundreds of steps.
+			return failedAdd(t, newNode(t, w), m, testbed.Fault{Step: step, Kind: testbed.FailCall, Errno: errnos[step%len(errnos)]})
 		})
 		t.Logf("%d steps", tried)
+		m.settle(t)
 	})
 	t.Logf("outcomes: %v", outcomes)
 }

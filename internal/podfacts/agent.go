@@ -75,7 +75,12 @@ func (a *Agent) Pod(ctx context.Context, namespace, name, uid string) (*redirect
 	if err := conn.write([]byte(request)); err != nil {
 		return nil, hung(fmt.Errorf("ask: %w", err))
 	}
-	resp, err := http.ReadResponse(bufio.NewReader(conn), nil) //nolint:bodyclose // to close it is to read all of it; conn is closed
+	return readAnswer(conn)
+}
+
+// readAnswer reads what the agent says.
+func readAnswer(r io.Reader) (*redirect.Pod, error) {
+	resp, err := http.ReadResponse(bufio.NewReader(r), nil) //nolint:bodyclose // to close it is to read all of it; the caller closes
 	if err != nil {
 		return nil, hung(fmt.Errorf("read the answer: %w", err))
 	}

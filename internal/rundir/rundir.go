@@ -34,20 +34,8 @@ func Prepare(dir string) error {
 	if err != nil {
 		return err
 	}
-	if st.Mode()&fs.ModeSymlink != 0 {
-		return fmt.Errorf("%s is a symbolic link: expected a directory, which nobody can have lead elsewhere", dir)
-	}
-	if !st.IsDir() {
-		return fmt.Errorf("%s is not a directory", dir)
-	}
-	uid, mode := ownerOf(st), st.Mode().Perm()
-	switch {
-	case uid != os.Geteuid():
-		return fmt.Errorf("%s belongs to user %d: expected %d", dir, uid, os.Geteuid())
-	case mode&0o022 != 0:
-		return fmt.Errorf("%s can be written by others (mode %#o): look who has made it so, then chmod 0700", dir, mode)
-	case mode == 0o700:
-		return nil
+	if err := own(dir, st); err != nil || st.Mode().Perm() == 0o700 {
+		return err
 	}
 	// As the kubelet makes the directory of a volume.
 	names, err := namesIn(dir)
@@ -58,6 +46,44 @@ func Prepare(dir string) error {
 		return fmt.Errorf("%s has files of others (%s): expected a directory of Shunt's own, such as /run/shunt", dir, names[0])
 	}
 	return os.Chmod(dir, 0o700)
+}
+
+// Make makes the directory, readable by its owner alone, with those above it, or
+// refuses one that others could put their own files into. What is there stays as
+// it is.
+func Make(dir string) error {
+	err := Check(dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return os.MkdirAll(dir, 0o700)
+	}
+	return err
+}
+
+// Check refuses a directory that others could put their own files into. Its error
+// is fs.ErrNotExist where there is none.
+func Check(dir string) error {
+	st, err := os.Lstat(dir)
+	if err != nil {
+		return err
+	}
+	return own(dir, st)
+}
+
+// own fails unless a directory is this user's, and nobody else can write to it.
+func own(dir string, st fs.FileInfo) error {
+	if st.Mode()&fs.ModeSymlink != 0 {
+		return fmt.Errorf("%s is a symbolic link: expected a directory, which nobody can have lead elsewhere", dir)
+	}
+	if !st.IsDir() {
+		return fmt.Errorf("%s is not a directory", dir)
+	}
+	if uid := ownerOf(st); uid != os.Geteuid() {
+		return fmt.Errorf("%s belongs to user %d: expected %d", dir, uid, os.Geteuid())
+	}
+	if mode := st.Mode().Perm(); mode&0o022 != 0 {
+		return fmt.Errorf("%s can be written by others (mode %#o): look who has made it so, then chmod 0700", dir, mode)
+	}
+	return nil
 }
 
 func namesIn(dir string) ([]string, error) {

@@ -53,3 +53,38 @@ func TestPrepare(t *testing.T) {
 		}
 	}
 }
+
+// TestMake: what is there is used as it is, or refused.
+func TestMake(t *testing.T) {
+	for _, c := range []struct {
+		name string
+		make func(dir string) error
+		mode fs.FileMode
+		want string
+	}{
+		{"none", func(string) error { return nil }, 0o700, ""},
+		{"the system's", func(dir string) error { return os.MkdirAll(dir, 0o755) }, 0o755, ""},
+		{"others may write it", func(dir string) error { return errors.Join(os.MkdirAll(dir, 0o700), os.Chmod(dir, 0o702)) }, 0, "can be written by others (mode 0702)"},
+		{"a link", func(dir string) error {
+			return errors.Join(os.MkdirAll(dir+"2", 0o700), os.Symlink(dir+"2", dir))
+		}, 0, "symbolic link"},
+		{"a file", func(dir string) error {
+			return errors.Join(os.MkdirAll(filepath.Dir(dir), 0o700), os.WriteFile(dir, nil, 0o600))
+		}, 0, "not a directory"},
+	} {
+		dir := filepath.Join(t.TempDir(), "run", "shunt")
+		if err := c.make(dir); err != nil {
+			t.Fatal(err)
+		}
+		err := Make(dir)
+		if c.want != "" {
+			if err == nil || !strings.Contains(err.Error(), c.want) {
+				t.Errorf("%s: %v, want an error with %q", c.name, err, c.want)
+			}
+			continue
+		}
+		if st, err2 := os.Lstat(dir); err != nil || err2 != nil || st.Mode() != fs.ModeDir|c.mode {
+			t.Errorf("%s: %v, %v", c.name, err, st)
+		}
+	}
+}

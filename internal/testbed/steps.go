@@ -214,6 +214,16 @@ func RunSteps(spec StepsSpec) (r StepsResult, err error) {
 // Steps runs the plugin step by step, with a fault; see [RunSteps] for observe.
 func (c *CNI) Steps(t testing.TB, command string, p *Pod, fault Fault, observe []string, overrides ...Override) (CNIResult, StepsResult) {
 	t.Helper()
+	out, r, err := c.ExecSteps(command, p, fault, observe, overrides...)
+	if err != nil {
+		t.Fatalf("%s, %v: %v", command, fault, err)
+	}
+	return out, r
+}
+
+// ExecSteps is Steps for other goroutines than the test's. The error is not the
+// plugin's, but that it could not be run or traced.
+func (c *CNI) ExecSteps(command string, p *Pod, fault Fault, observe []string, overrides ...Override) (CNIResult, StepsResult, error) {
 	i := c.invocation(command, p)
 	for _, o := range overrides {
 		o(i)
@@ -221,20 +231,17 @@ func (c *CNI) Steps(t testing.TB, command string, p *Pod, fault Fault, observe [
 	if i.Stdin == nil {
 		var err error
 		if i.Stdin, err = json.Marshal(i.Config); err != nil {
-			t.Fatalf("write network configuration: %v", err)
+			return CNIResult{}, StepsResult{}, fmt.Errorf("write network configuration: %w", err)
 		}
 	}
 	r, err := RunSteps(StepsSpec{
 		Argv: []string{c.Plugin}, Env: i.environ(), Stdin: i.Stdin, Fault: fault, Observe: observe, Timeout: c.Timeout,
 	})
-	if err != nil {
-		t.Fatalf("%s, %v: %v", command, fault, err)
-	}
 	out := CNIResult{ExitCode: r.ExitCode, TimedOut: r.TimedOut, Stdout: r.Stdout, Stderr: r.Stderr, Elapsed: r.Elapsed}
 	if out.ExitCode != 0 {
 		out.Err = parseCNIError(out.Stdout)
 	}
-	return out, r
+	return out, r, err
 }
 
 // tracee is a program under ptrace.

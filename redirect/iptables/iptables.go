@@ -15,6 +15,7 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
+	"os"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -360,17 +361,23 @@ func (b *Backend) Yield(ctx context.Context, a redirect.Attachment, running bool
 }
 
 func (b *Backend) remove(ctx context.Context, a redirect.Attachment, yield, running bool) error {
-	if r, err := readRecord(b.recordPath(a)); r == nil && err == nil {
-		return nil // and make no lock for it
+	r, err := readRecord(b.recordPath(a))
+	if r == nil && err == nil {
+		if _, err := os.Lstat(b.nextPath(a)); errors.Is(err, fs.ErrNotExist) {
+			return nil // and make no lock for it
+		}
 	}
 	unlock, err := b.lock(ctx, a)
 	if err != nil {
 		return err
 	}
 	defer unlock()
-	r, err := readRecord(b.recordPath(a))
-	if err != nil || r == nil || yield && r.Kept {
+	r, err = readRecord(b.recordPath(a))
+	if err != nil || r != nil && yield && r.Kept {
 		return err
+	}
+	if r == nil { // killed before it had its name: nothing was done yet
+		return b.removeRecord(&record{Attachment: a})
 	}
 	n, err := r.open()
 	switch {

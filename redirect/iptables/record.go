@@ -17,6 +17,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"shunt.dev/shunt/internal/rundir"
 	"shunt.dev/shunt/loader"
 	"shunt.dev/shunt/redirect"
 )
@@ -119,11 +120,14 @@ func readRecord(path string) (*record, error) {
 	return r, nil
 }
 
+// nextPath is where a record is written before it takes its name. A process that
+// is killed in between leaves it to the next one that has the container's lock.
+func (b *Backend) nextPath(a redirect.Attachment) string { return b.recordPath(a) + ".next" }
+
 func (b *Backend) writeRecord(r *record) error {
 	data, err := json.Marshal(r)
 	if err == nil {
-		path := b.recordPath(r.Attachment)
-		err = replace(path, data)
+		err = replace(b.recordPath(r.Attachment), b.nextPath(r.Attachment), data)
 	}
 	if err != nil {
 		return fmt.Errorf("write the attachment's record: %w", err)
@@ -132,25 +136,30 @@ func (b *Backend) writeRecord(r *record) error {
 }
 
 // replace puts data in the place of a file, whole or not at all whenever this
-// process ends. Nothing is synced: it means nothing after the next boot.
-func replace(path string, data []byte) error {
-	f, err := os.CreateTemp(filepath.Dir(path), ".next-*")
+// process ends. Nothing is synced: it means nothing after the next boot. next is
+// the name that the file has meanwhile, and a lock keeps others from it.
+func replace(path, next string, data []byte) error {
+	f, err := os.OpenFile(next, os.O_WRONLY|os.O_CREATE|os.O_TRUNC|unix.O_NOFOLLOW, 0o600)
 	if err != nil {
 		return err
 	}
 	_, err = f.Write(data)
 	if err = errors.Join(err, f.Close()); err == nil {
-		err = os.Rename(f.Name(), path)
+		err = os.Rename(next, path)
 	}
 	if err != nil {
-		_ = os.Remove(f.Name())
+		_ = os.Remove(next)
 	}
 	return err
 }
 
+// removeRecord removes a record, and what a killed process has left of a newer
+// one.
 func (b *Backend) removeRecord(r *record) error {
-	if err := os.Remove(b.recordPath(r.Attachment)); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return fmt.Errorf("remove the attachment's record: %w", err)
+	for _, path := range []string{b.nextPath(r.Attachment), b.recordPath(r.Attachment)} {
+		if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return fmt.Errorf("remove the attachment's record: %w", err)
+		}
 	}
 	return nil
 }
@@ -209,8 +218,10 @@ func (b *Backend) shared(r *record) (bool, error) {
 // it has, and the programs that it had started: they hold the lock too. It
 // waits until ctx is done.
 func (b *Backend) lock(ctx context.Context, a redirect.Attachment) (func(), error) {
-	if err := os.MkdirAll(b.dir(), 0o700); err != nil {
-		return nil, fmt.Errorf("make the folder of records: %w", err)
+	for _, dir := range []string{b.opts.RunDir, b.dir()} {
+		if err := rundir.Make(dir); err != nil {
+			return nil, fmt.Errorf("make the folder of records: %w", err)
+		}
 	}
 	path := filepath.Join(b.dir(), "lock")
 	f, err := unix.Open(path, unix.O_CREAT|unix.O_RDWR|unix.O_CLOEXEC|unix.O_NOFOLLOW, 0o600)

@@ -163,12 +163,38 @@ func (b *Backend) tools(ctx context.Context) (*tools, error) {
 	b.found = t
 	data, err := json.Marshal(choice{Asked: b.opts.Mode, Path: b.opts.Path, Tools: *t, Files: stamps(t)})
 	if err == nil {
-		err = errors.Join(os.MkdirAll(b.opts.RunDir, 0o700), replace(b.choicePath(), data))
+		err = errors.Join(os.MkdirAll(b.opts.RunDir, 0o700), b.keepChoice(data))
 	}
 	if err != nil {
 		b.opts.Log.Warn("the iptables mode could not be kept; the next pod finds it anew", "error", err)
 	}
 	return t, nil
+}
+
+// keepChoice writes down what was found. Where another process is about to write
+// the same, it may.
+func (b *Backend) keepChoice(data []byte) error {
+	next := b.choicePath() + ".next"
+	f, err := os.OpenFile(next, os.O_WRONLY|os.O_CREATE|unix.O_NOFOLLOW, 0o600)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+	if errors.Is(err, unix.EWOULDBLOCK) {
+		return nil
+	}
+	if err != nil {
+		return &fs.PathError{Op: "lock", Path: next, Err: err}
+	}
+	mine, err := f.Stat()
+	if err != nil {
+		return err
+	}
+	if now, err := os.Lstat(next); err != nil || !os.SameFile(mine, now) {
+		return nil //nolint:nilerr // another had the lock until just now, and it is written
+	}
+	return replace(b.choicePath(), next, data)
 }
 
 // detect finds programs that work on this node: of those that the node prefers,
