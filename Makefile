@@ -17,8 +17,8 @@ BENCHTIME ?= 200x
 SHORT    ?=
 OUTPUT   ?= text
 DEMO     ?=
-# Of `make e2e`: how the node has its cgroups.
-MODES    ?= v2 hybrid
+# Of `make e2e`: how the node has its cgroups, and its runtime.
+MODES    ?= v2 hybrid containerd2
 # What `make image` names the image; by default, what the chart asks for.
 IMAGE    ?= localhost/shunt/shunt-node:$(shell awk '$$1 == "appVersion:" {print $$2}' install/chart/Chart.yaml)
 # 0 to leave the system's packages alone.

@@ -37,6 +37,10 @@ const (
 	chainFile = confDir + "/10-pods.conflist"
 )
 
+// patience is for what has to come and, on a machine that others use too, may
+// take its time.
+const patience = 3 * time.Minute
+
 // poll asks until done says so, and gives its last error when it never does.
 func poll(timeout time.Duration, done func() error) error {
 	deadline := time.Now().Add(timeout)
@@ -65,7 +69,7 @@ func eventually(t *testing.T, timeout time.Duration, what string, done func() er
 func ready() error {
 	ctx := context.Background()
 	start := time.Now()
-	err := poll(time.Minute, func() error {
+	err := poll(patience, func() error {
 		n, err := client.CoreV1().Nodes().Get(ctx, node, metav1.GetOptions{})
 		if err != nil {
 			return err
@@ -167,7 +171,7 @@ func remove(t *testing.T, objects []runtime.Object) {
 	if err := client.AppsV1().DaemonSets(system).Delete(ctx, daemonSet, now); err != nil && !apierrors.IsNotFound(err) {
 		t.Fatal(err)
 	}
-	eventually(t, time.Minute, "the agent's pod is gone", func() error {
+	eventually(t, patience, "the agent's pod is gone", func() error {
 		pods, err := client.CoreV1().Pods(system).List(ctx, metav1.ListOptions{})
 		if err == nil && len(pods.Items) > 0 {
 			err = fmt.Errorf("%d pods left", len(pods.Items))
@@ -235,7 +239,7 @@ func uninstall(t *testing.T) {
 // rolledOut waits until the DaemonSet's newest pods are ready.
 func rolledOut(t *testing.T) {
 	t.Helper()
-	err := poll(90*time.Second, func() error {
+	err := poll(patience, func() error {
 		ds, err := client.AppsV1().DaemonSets(system).Get(t.Context(), daemonSet, metav1.GetOptions{})
 		if err != nil {
 			return err
@@ -312,7 +316,7 @@ func (d daemon) kill(t *testing.T) {
 	if err := syscall.Kill(pid, syscall.SIGKILL); err != nil {
 		t.Fatalf("kill %s: %v", d, err)
 	}
-	eventually(t, 10*time.Second, string(d)+" has ended", func() error {
+	eventually(t, patience, string(d)+" has ended", func() error {
 		stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
 		if err != nil || bytes.Contains(stat, []byte(") Z ")) {
 			return nil

@@ -51,7 +51,7 @@ type server struct {
 
 func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	local, _ := r.Context().Value(http.LocalAddrContextKey).(net.Addr)
-	_ = json.NewEncoder(w).Encode(wire.Answer{Who: "sink", Peer: r.RemoteAddr, Local: local.String()})
+	_ = json.NewEncoder(w).Encode(wire.Answer{Who: "sink", Peer: r.RemoteAddr, Local: local.String(), Through: r.Header.Values(wire.Header)})
 }
 
 func (s *server) note(c net.Conn, state http.ConnState) {

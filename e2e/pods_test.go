@@ -30,6 +30,9 @@ import (
 const (
 	space = "default"
 	image = "localhost/shunt-e2e/workload:1"
+
+	keyMode     = "sidecar.istio.io/interceptionMode"
+	keyDatapath = "shunt.dev/datapath"
 )
 
 func container(name string, uid int64, args ...string) corev1.Container {
@@ -40,10 +43,15 @@ func container(name string, uid int64, args ...string) corev1.Container {
 	}
 }
 
+// containerOf gives a pod's container to change.
+func containerOf(p *corev1.Pod, name string) *corev1.Container {
+	return &p.Spec.Containers[slices.IndexFunc(p.Spec.Containers, func(c corev1.Container) bool { return c.Name == name })]
+}
+
 func httpProbe(port int, path string) *corev1.Probe {
 	return &corev1.Probe{
 		ProbeHandler:  corev1.ProbeHandler{HTTPGet: &corev1.HTTPGetAction{Path: path, Port: intstr.FromInt(port)}},
-		PeriodSeconds: 1, FailureThreshold: 30,
+		PeriodSeconds: 1, TimeoutSeconds: 5, FailureThreshold: 180,
 	}
 }
 
@@ -96,7 +104,7 @@ func deletePod(t *testing.T, name string) {
 	if err := client.CoreV1().Pods(space).Delete(ctx, name, metav1.DeleteOptions{}); err != nil && !apierrors.IsNotFound(err) {
 		t.Errorf("delete pod %s: %v", name, err)
 	}
-	if err := poll(time.Minute, func() error {
+	if err := poll(patience, func() error {
 		_, err := client.CoreV1().Pods(space).Get(ctx, name, metav1.GetOptions{})
 		if apierrors.IsNotFound(err) {
 			return nil
@@ -111,7 +119,7 @@ func deletePod(t *testing.T, name string) {
 func awaitReady(t *testing.T, name string) *corev1.Pod {
 	t.Helper()
 	var p *corev1.Pod
-	err := poll(3*time.Minute, func() (err error) {
+	err := poll(patience, func() (err error) {
 		if p, err = client.CoreV1().Pods(space).Get(t.Context(), name, metav1.GetOptions{}); err != nil {
 			return err
 		}
@@ -171,7 +179,7 @@ func get(t *testing.T, p *corev1.Pod, port int, path string, into any) {
 }
 
 func ask(addr, path string, into any) error {
-	c := http.Client{Timeout: 10 * time.Second, Transport: &http.Transport{DisableKeepAlives: true}}
+	c := http.Client{Timeout: time.Minute, Transport: &http.Transport{DisableKeepAlives: true}}
 	res, err := c.Get("http://" + addr + path)
 	if err != nil {
 		return err
@@ -199,7 +207,8 @@ func wantOut(t *testing.T, p *corev1.Pod, to string) {
 	}
 }
 
-// wantIn checks that a connection from the node to the app came by its proxy.
+// wantIn checks that a connection from the node to the app came by its proxy,
+// which stands before the app under the address that its mode asks for.
 func wantIn(t *testing.T, p *corev1.Pod, ip string) {
 	t.Helper()
 	to := hostPort(ip, wire.AppPort)
@@ -209,6 +218,9 @@ func wantIn(t *testing.T, p *corev1.Pod, ip string) {
 		return
 	}
 	source := map[bool]string{true: "127.0.0.6", false: "::6"}[net.ParseIP(ip).To4() != nil]
+	if p.Annotations[keyMode] == "TPROXY" {
+		source = ownAddress(t, to)
+	}
 	host, _, _ := net.SplitHostPort(a.Peer)
 	if a.Who != "app" || host != source {
 		t.Errorf("%s: got %+v: expected the app's answer to its proxy, %s", to, a, source)
@@ -218,6 +230,18 @@ func wantIn(t *testing.T, p *corev1.Pod, ip string) {
 	if !slices.ContainsFunc(in, func(i wire.Inbound) bool { return i.OriginalDst == to && i.Error == "" }) {
 		t.Errorf("%s: the proxy knows of %+v: expected an original destination %s", p.Name, in, to)
 	}
+}
+
+// ownAddress is what the node has towards a pod.
+func ownAddress(t *testing.T, to string) string {
+	t.Helper()
+	c, err := net.Dial("udp", to) // sends nothing
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	host, _, _ := net.SplitHostPort(c.LocalAddr().String())
+	return host
 }
 
 // wantRedirected checks both directions and both families.
@@ -238,8 +262,19 @@ func wantRedirected(t *testing.T, p *corev1.Pod) {
 // moment on, went around the proxy.
 func wantNotAround(t *testing.T, p *corev1.Pod) {
 	t.Helper()
-	var e wire.Early
-	eventually(t, 10*time.Second, "the app of "+p.Name+" has got an answer", func() error {
+	if e := awaitEarly(t, p); len(e.Around) > 0 {
+		t.Errorf("pod %s: %d of %d connections went around the proxy: %+v", p.Name, len(e.Around), e.Answered, e.Around[0])
+	}
+	if n := sink.by(p.Status.PodIP); n > 0 {
+		t.Errorf("pod %s has reached the sink %d times", p.Name, n)
+	}
+}
+
+// awaitEarly waits until the pod's app has got an answer to what it dials from
+// its first moment on.
+func awaitEarly(t *testing.T, p *corev1.Pod) (e wire.Early) {
+	t.Helper()
+	eventually(t, patience, "the app of "+p.Name+" has got an answer", func() error {
 		if err := ask(hostPort(p.Status.PodIP, wire.ControlPort), "/early", &e); err != nil {
 			return err
 		}
@@ -248,12 +283,7 @@ func wantNotAround(t *testing.T, p *corev1.Pod) {
 		}
 		return nil
 	})
-	if len(e.Around) > 0 {
-		t.Errorf("pod %s: %d of %d connections went around the proxy: %+v", p.Name, len(e.Around), e.Answered, e.Around[0])
-	}
-	if n := sink.by(p.Status.PodIP); n > 0 {
-		t.Errorf("pod %s has reached the sink %d times", p.Name, n)
-	}
+	return e
 }
 
 // traces lists what Shunt keeps of pods on the node.
@@ -270,7 +300,7 @@ func traces() (found []string) {
 
 func wantNoTraces(t *testing.T) {
 	t.Helper()
-	eventually(t, 30*time.Second, "nothing is left of the pods", func() error {
+	eventually(t, patience, "nothing is left of the pods", func() error {
 		if left := traces(); len(left) > 0 {
 			return fmt.Errorf("%v", left)
 		}
@@ -280,7 +310,7 @@ func wantNoTraces(t *testing.T) {
 
 func wantFile(t *testing.T, name string, want []byte) {
 	t.Helper()
-	eventually(t, 10*time.Second, name+" is as it was", func() error {
+	eventually(t, patience, name+" is as it was", func() error {
 		got, err := os.ReadFile(name)
 		if err == nil && string(got) != string(want) {
 			err = fmt.Errorf("got %s: expected %s", got, want)

@@ -104,7 +104,7 @@ func removeSet(t *testing.T, name string, labels map[string]string) {
 	if err := client.AppsV1().ReplicaSets(space).Delete(ctx, name, metav1.DeleteOptions{PropagationPolicy: new(metav1.DeletePropagationBackground)}); err != nil {
 		t.Error(err)
 	}
-	if err := poll(time.Minute, func() error {
+	if err := poll(patience, func() error {
 		pods, err := client.CoreV1().Pods(space).List(ctx, metav1.ListOptions{LabelSelector: metav1.FormatLabelSelector(&metav1.LabelSelector{MatchLabels: labels})})
 		if err == nil && len(pods.Items) > 0 {
 			err = fmt.Errorf("%d pods left", len(pods.Items))
@@ -119,7 +119,7 @@ func removeSet(t *testing.T, name string, labels map[string]string) {
 func awaitLabelled(t *testing.T, labels map[string]string, good func(*corev1.Pod) error) *corev1.Pod {
 	t.Helper()
 	var found *corev1.Pod
-	err := poll(2*time.Minute, func() error {
+	err := poll(patience, func() error {
 		pods, err := client.CoreV1().Pods(space).List(t.Context(), metav1.ListOptions{LabelSelector: metav1.FormatLabelSelector(&metav1.LabelSelector{MatchLabels: labels})})
 		if err != nil {
 			return err

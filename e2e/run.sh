@@ -7,19 +7,21 @@ set -euo pipefail
 here=$(dirname "$(readlink -f "$0")")
 root=$(dirname "$here")
 export E2E_ROOT=$root E2E_CACHE=${E2E_CACHE:-$root/.cache/e2e} E2E_NODE E2E_MODE
-: "${GO:=go}" "${MODES:=v2 hybrid}" "${VERSION:=dev}" "${RUN:=}"
+: "${GO:=go}" "${MODES:=v2 hybrid containerd2}" "${VERSION:=dev}" "${RUN:=}"
 
-# What a mode is for: all that can be done there, and of hybrid what differs.
+# What a mode is for: all that can be done there, and of the others what differs.
 declare -A select=(
   [v2]='-skip=^TestKubeletRestart$'
   [hybrid]='-run=^(TestPods|TestKubeletRestart|TestContainerdRestart)$'
+  [containerd2]='-run=^(TestPods|TestDelete|TestShapes|TestDNS|TestHAProxy|TestFailedADD|TestContainerdRestart|TestUninstall)$'
 )
 
 began=$SECONDS
 lap() { printf 'e2e: %-34s %5d s\n' "$1" $((SECONDS - began)); }
 
 cd "$root"
-"$here/node/node.sh" build
+# shellcheck disable=SC2086 # words
+"$here/node/node.sh" build $MODES
 $GO -C tools/helm build -trimpath -o "$E2E_CACHE/helm" .
 # What an upgrade brings: the same but for the version.
 mkdir -p "$E2E_CACHE/next"

@@ -36,14 +36,24 @@ func probed(p *corev1.Pod) {
 	app.StartupProbe = httpProbe(wire.AppPort, "/")
 	app.LivenessProbe = &corev1.Probe{
 		ProbeHandler:  corev1.ProbeHandler{TCPSocket: &corev1.TCPSocketAction{Port: intstr.FromInt(wire.AppPort)}},
-		PeriodSeconds: 1, FailureThreshold: 2,
+		PeriodSeconds: 1, TimeoutSeconds: 5, FailureThreshold: 4,
 	}
 	app.ReadinessProbe = &corev1.Probe{
 		ProbeHandler: corev1.ProbeHandler{Exec: &corev1.ExecAction{
 			Command: []string{"/workload", "dial", "http://10.99.0.1:80/", "proxy"},
 		}},
-		PeriodSeconds: 1, FailureThreshold: 30,
+		PeriodSeconds: 1, TimeoutSeconds: 10, FailureThreshold: 30,
 	}
+}
+
+// transparent is a pod in TPROXY mode. Injectors have its proxy run as root, for
+// the capability, with the proxy's group.
+func transparent(p *corev1.Pod) {
+	proxy := containerOf(p, "istio-proxy")
+	proxy.Args = append(proxy.Args, "-transparent")
+	proxy.SecurityContext.RunAsUser = new(int64(0))
+	proxy.SecurityContext.Capabilities = &corev1.Capabilities{Add: []corev1.Capability{"NET_ADMIN"}}
+	p.Annotations[keyMode] = "TPROXY"
 }
 
 func TestShapes(t *testing.T) {
@@ -65,8 +75,10 @@ func TestShapes(t *testing.T) {
 		}}},
 		{name: "validated", more: []func(*corev1.Pod){validated}},
 		{name: "probes", more: []func(*corev1.Pod){probed}},
-		{name: "iptables", more: []func(*corev1.Pod){annotated("shunt.dev/datapath", "iptables")}, iptables: true},
+		{name: "iptables", more: []func(*corev1.Pod){annotated(keyDatapath, "iptables")}, iptables: true},
 		{name: "tc", more: []func(*corev1.Pod){annotated("shunt.dev/inbound-hook", "tc")}},
+		{name: "tproxy", more: []func(*corev1.Pod){transparent}},
+		{name: "tproxy-iptables", more: []func(*corev1.Pod){transparent, annotated(keyDatapath, "iptables")}, iptables: true},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			p := start(t, meshed(tt.name, tt.more...))
@@ -168,7 +180,7 @@ func TestFifty(t *testing.T) {
 			})
 		}
 		wg.Wait()
-		err := poll(3*time.Minute, func() error {
+		err := poll(patience, func() error {
 			list, err := client.CoreV1().Pods(space).List(t.Context(), metav1.ListOptions{})
 			if err != nil {
 				return err
@@ -204,9 +216,11 @@ func TestFifty(t *testing.T) {
 		t.Logf("%d pods %s the plugin: all ready after %s", n, name, all.Round(10*time.Millisecond))
 		return all
 	}
-	// Twice each, the faster one counts: the machine may have others to serve.
+	// Twice each, and more if need be; the fastest counts: the machine may have
+	// others to serve.
 	best := map[string]time.Duration{}
-	for range 2 {
+	much := func() bool { return best["with"] > best["without"]*3/2 }
+	for round := 0; round < 2 || round < 5 && much(); round++ {
 		for _, name := range []string{"without", "with"} {
 			if uninstall(t); name == "with" {
 				install(t, defaults)
@@ -217,7 +231,7 @@ func TestFifty(t *testing.T) {
 		}
 		wantNoTraces(t)
 	}
-	if best["with"] > 2*best["without"]+5*time.Second {
+	if much() {
 		t.Errorf("with the plugin %s, without %s: expected little more", best["with"], best["without"])
 	}
 }

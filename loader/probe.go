@@ -512,8 +512,8 @@ var needs = []struct{ name, program, since, neededFor string }{
 	{"bpf-sockops", bpf.ShuntProgShuntSockops, "5.15", probe.ForEBPF},
 	// Bounded loops: 2589726d12a1.
 	{"bpf-adopt", bpf.ShuntProgShuntAdopt, "5.3", probe.ForEBPF},
-	// bpf_probe_read_kernel_str: 6ae08ae3dea2.
-	{"bpf-look", bpf.ShuntProgShuntLook, "5.5", probe.ForEBPF},
+	// As connect4.
+	{"bpf-look", bpf.ShuntProgShuntLook, "5.13", probe.ForEBPF},
 	// ingress_ifindex: f89315650ba3.
 	{"bpf-stamp", bpf.ShuntProgShuntStamp, "5.17", probe.ForEBPF},
 	{"bpf-sk-lookup", bpf.ShuntProgShuntSkLookup, "5.17", probe.ForEBPF},

@@ -18,7 +18,7 @@ PATH=$PATH:/usr/local/go/bin:/usr/local/sbin:/usr/sbin:/sbin
   test=("${build[@]}" gcc=gcc libc6-dev=/usr/include/stdlib.h
     iptables=iptables-restore iproute2=ip haproxy=haproxy redsocks=redsocks
     squid=squid shadowsocks-libev=ss-redir)
-  e2e=("${image[@]}" containerd=containerd runc=runc containernetworking-plugins=/usr/lib/cni/bridge
+  e2e=("${image[@]}" containerd=containerd runc=runc containernetworking-plugins=/usr/lib/cni/bridge haproxy=haproxy
     iproute2=ip curl=curl openssl=openssl procps=sysctl util-linux=nsenter)
   kernels=("${build[@]}" qemu-system-x86=qemu-system-x86_64 busybox-static=busybox iptables=iptables-restore
     nftables=nft iproute2=ip xz-utils=xz zstd=zstd debian-archive-keyring=/usr/share/keyrings/debian-archive-keyring.gpg)

@@ -94,7 +94,7 @@ style() {
 
 tidy() {
   local dir
-  for dir in . tools tools/helm tools/promql tools/vuln e2e/node/hyper; do go -C "$dir" mod tidy -diff || return; done
+  for dir in . tools tools/helm tools/promql tools/vuln e2e/node/hyper e2e/node/containerd; do go -C "$dir" mod tidy -diff || return; done
 }
 
 # Modules of their own are left out by ./...

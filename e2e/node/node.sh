@@ -5,7 +5,8 @@
 # Debian packages and Go modules: etcd, kube-apiserver, kube-scheduler,
 # kube-controller-manager, kubelet; containerd, runc, the reference CNI plugins.
 #
-#   node.sh build                build what is not in the cache yet
+#   node.sh build MODE...        build what nodes of these modes need and the cache has not yet
+#   node.sh built MODE...        whether nothing that takes long is left to build
 #   node.sh up NAME MODE         start node NAME; what is left of one of that name is ended first
 #   node.sh exec NAME CMD...     run CMD in the node's namespaces, by absolute path
 #   node.sh kubectl NAME ARGS... kubectl, where the machine has one
@@ -15,6 +16,7 @@
 # MODE v2: /sys/fs/cgroup is cgroup2. Where the machine has its controllers in
 #      cgroup v1, limits are dropped, and a kubelet can't be restarted.
 # MODE hybrid: the machine's v1 controllers, and cgroup2 at /sys/fs/cgroup/unified.
+# MODE containerd2: as v2, with containerd 2.x, which is built.
 #
 # The host sees none of it but processes, cgroups of the node's name, and files
 # in the cache. CACHE ($E2E_CACHE) holds what was built, keyed by go.sum.
@@ -25,7 +27,7 @@ root=$(dirname "$(dirname "$here")")
 PATH=$PATH:/usr/local/go/bin:/usr/local/sbin:/usr/sbin:/sbin
 
 cache=${E2E_CACHE:-$root/.cache/e2e}
-containerd=${E2E_CONTAINERD:-/usr/bin/containerd} # 1.6, or a 2.x with its shim beside it
+containerd=${E2E_CONTAINERD:-/usr/bin/containerd} # of the modes without one of their own; its shim has to lie beside it
 ip=192.0.2.1
 cgroups=/sys/fs/cgroup
 daemons=(etcd kube-apiserver kube-controller-manager kube-scheduler kubelet)
@@ -36,47 +38,78 @@ die() {
   exit 1
 }
 
-# hyper_dir names the build of Kubernetes by all that it is made of.
-hyper_dir() {
+# module_dir NAME FOLDER: where the build of a module of this folder is kept, by
+# all that it is made of.
+module_dir() {
   local key
-  key=$(cat "$here/hyper/go.mod" "$here/hyper/go.sum" "$here/hyper/main.go" <(cd "$here/hyper" && go env GOVERSION GOARCH) | sha256sum)
-  echo "$cache/kubernetes-${key:0:16}"
+  key=$(cd "$here/$2" && { find . -type f | LC_ALL=C sort | xargs cat && go env GOVERSION GOARCH; } | sha256sum)
+  echo "$cache/$1-${key:0:16}"
+}
+hyper_dir() { module_dir kubernetes hyper; }
+containerd_dir() { module_dir containerd containerd; }
+
+# module_version FOLDER MODULE
+module_version() { sed -nE "s,^[[:space:]]*$2 (v[^ ]+).*,\\1,p" "$here/$1/go.mod"; }
+
+# keep DIR COMMAND...: DIR as the command makes it, in "$new", unless it is there.
+keep() {
+  local dir=$1 new=$1.new began=$SECONDS
+  shift
+  [[ ! -d $dir ]] || return 0
+  rm -rf "$new" && mkdir "$new"
+  "$@"
+  mv "$new" "$dir"
+  say "$(basename "$dir"): built in $((SECONDS - began)) s"
 }
 
-build() {
+build_hyper() {
+  local name version
+  version=$(module_version hyper k8s.io/kubernetes)
+  say "building Kubernetes $version; with two cores this takes about ten minutes"
+  (cd "$here/hyper" && go build -trimpath -o "$new/hyper" -ldflags "-s -w
+    -X k8s.io/component-base/version.gitVersion=$version
+    -X k8s.io/component-base/version.gitMajor=$(cut -d. -f1 <<<"${version#v}")
+    -X k8s.io/component-base/version.gitMinor=$(cut -d. -f2 <<<"$version")" .)
+  for name in "${daemons[@]}"; do ln -s hyper "$new/$name"; done
+}
+
+build_containerd() {
+  local version
+  version=$(module_version containerd github.com/containerd/containerd/v2)
+  say "building containerd $version; with two cores this takes about three minutes"
+  (cd "$here/containerd" && go build -trimpath -o "$new/" -ldflags "-s -w -X github.com/containerd/containerd/v2/version.Version=$version" tool)
+}
+
+build() { # MODE...
   mkdir -p "$cache"
   export CGO_ENABLED=0
-  local dir version began=$SECONDS
-  dir=$(hyper_dir)
-  if [[ ! -x $dir/hyper ]]; then
-    version=$(awk '$1 == "k8s.io/kubernetes" {print $2}' "$here/hyper/go.mod")
-    say "building Kubernetes $version; with two cores this takes about ten minutes"
-    rm -rf "$dir.new" && mkdir "$dir.new"
-    (cd "$here/hyper" && go build -trimpath -o "$dir.new/hyper" -ldflags "-s -w
-      -X k8s.io/component-base/version.gitVersion=$version
-      -X k8s.io/component-base/version.gitMajor=$(cut -d. -f1 <<<"${version#v}")
-      -X k8s.io/component-base/version.gitMinor=$(cut -d. -f2 <<<"$version")" .)
-    local name
-    for name in "${daemons[@]}"; do ln -s hyper "$dir.new/$name"; done
-    rm -rf "$dir" && mv "$dir.new" "$dir"
-    say "Kubernetes built in $((SECONDS - began)) s"
-  fi
+  keep "$(hyper_dir)" build_hyper
+  [[ " $* " != *' containerd2 '* ]] || keep "$(containerd_dir)" build_containerd
   (cd "$root" && go build -trimpath -ldflags '-s -w' -o "$cache/" ./e2e/node/runcwrap ./e2e/workload)
-  pack "$cache/workload.tar" localhost/shunt-e2e/workload:1 "$cache/workload"
+  pack workload "$cache/workload"
+  pack haproxy "$(command -v haproxy)"
 }
 
-# pack ARCHIVE NAME PROGRAM: an image of one static program.
+built() { # MODE...
+  [[ -d $(hyper_dir) && (" $* " != *' containerd2 '* || -d $(containerd_dir)) ]]
+}
+
+# pack NAME PROGRAM: an image of one program and the libraries that it needs.
 pack() {
-  local dir sum
+  local dir sum library
   dir=$(mktemp -d "$cache/pack-XXXXXX")
   mkdir -p "$dir"/root/{dev,etc,proc,sys,tmp}
-  cp "$3" "$dir/root/workload"
+  cp "$2" "$dir/root/$1"
+  { ldd "$2" 2>/dev/null || true; } | sed -nE 's,.*[[:space:]](/[^ ]+) \(0x.*,\1,p' | while read -r library; do
+    mkdir -p "$dir/root$(dirname "$library")"
+    cp -L "$library" "$dir/root$library"
+  done
   tar -C "$dir/root" --sort=name --mtime=@0 --owner=0 --group=0 --numeric-owner -cf "$dir/layer.tar" .
   sum=$(sha256sum <"$dir/layer.tar")
-  printf '{"architecture":"%s","os":"linux","config":{"Entrypoint":["/workload"]},"rootfs":{"type":"layers","diff_ids":["sha256:%s"]}}' \
-    "$(go env GOARCH)" "${sum%% *}" >"$dir/config.json"
-  printf '[{"Config":"config.json","RepoTags":["%s"],"Layers":["layer.tar"]}]' "$2" >"$dir/manifest.json"
-  tar -C "$dir" -cf "$1" manifest.json config.json layer.tar
+  printf '{"architecture":"%s","os":"linux","config":{"Entrypoint":["/%s"]},"rootfs":{"type":"layers","diff_ids":["sha256:%s"]}}' \
+    "$(go env GOARCH)" "$1" "${sum%% *}" >"$dir/config.json"
+  printf '[{"Config":"config.json","RepoTags":["localhost/shunt-e2e/%s:1"],"Layers":["layer.tar"]}]' "$1" >"$dir/manifest.json"
+  tar -C "$dir" -cf "$cache/$1.tar" manifest.json config.json layer.tar
   rm -rf "$dir"
 }
 
@@ -86,7 +119,11 @@ up() { # NAME MODE: outside of the node
   mkdir -p "$D"
   HYPER=$(hyper_dir)
   export HYPER
-  [[ -x $HYPER/hyper ]] || die "no Kubernetes in $cache: run node.sh build"
+  if [[ $MODE == containerd2 ]]; then
+    containerd=$(containerd_dir)/containerd
+  fi
+  export E2E_CONTAINERD=$containerd
+  [[ -x $HYPER/hyper && -x $containerd ]] || die "there is no $HYPER/hyper, or no $containerd: run node.sh build $MODE"
   setsid "$self" _join >"$D/node.log" 2>&1 </dev/null &
   local outer=$!
   echo "$outer $(start_time "$outer")" >"$D/outer"
@@ -151,7 +188,7 @@ init() { # pid 1 of the node
 mounts() {
   umount -R -l /sys
   mount -t sysfs sysfs /sys
-  if [[ $MODE == v2 ]]; then mount -t cgroup2 cgroup2 $cgroups; else
+  if [[ $MODE != hybrid ]]; then mount -t cgroup2 cgroup2 $cgroups; else
     mount -t tmpfs -o mode=755 tmpfs $cgroups
     local c
     for c in cpu cpuacct cpuset memory devices freezer blkio pids; do
@@ -207,8 +244,9 @@ setup() {
     running containerd
     sleep 0.05
   done
-  ctr -n k8s.io images import "$cache/workload.tar" >/dev/null
-  lap 'containerd has its image'
+  local image
+  for image in workload haproxy; do ctr -n k8s.io images import "$cache/$image.tar" >/dev/null; done
+  lap 'containerd has its images'
   until curl -skf https://$ip:6443/readyz >/dev/null; do
     running kube-apiserver
     sleep 0.05
@@ -248,7 +286,7 @@ END
   local runc version=2 images='[plugins."io.containerd.grpc.v1.cri"]
   sandbox_image = "localhost/shunt-e2e/workload:1"' cri='plugins."io.containerd.grpc.v1.cri"' bin='bin_dir = "/opt/cni/bin"'
   runc=$(command -v runc)
-  [[ $MODE != v2 ]] || runc=$cache/runcwrap
+  [[ $MODE == hybrid ]] || runc=$cache/runcwrap
   if "$containerd" --version | grep -qE ' v?2\.'; then
     version=3 bin='bin_dirs = ["/opt/cni/bin"]' cri='plugins."io.containerd.cri.v1.runtime"'
     images='[plugins."io.containerd.cri.v1.images".pinned_images]
@@ -392,7 +430,14 @@ down() {
 }
 
 case ${1:-} in
-  build) build ;;
+  build)
+    shift
+    build "$@"
+    ;;
+  built)
+    shift
+    built "$@"
+    ;;
   up) up "$2" "$3" ;;
   down) [[ ! -e $cache/run/$2 ]] || down "$2" ;;
   _join) join ;;
@@ -413,7 +458,7 @@ case ${1:-} in
     exec nsenter -t "$pid" -a -- env KUBECONFIG=/run/k8s/admin.conf kubectl "$@"
     ;;
   *)
-    sed -n '4,20p' "$self"
+    sed -n '4,22p' "$self"
     exit 2
     ;;
 esac

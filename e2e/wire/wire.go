@@ -9,6 +9,7 @@ const (
 	AppPort     = 8080
 	ControlPort = 9000
 	ProxyPort   = 15020
+	DNSPort     = 15053 // of the proxy, at loopback
 )
 
 // Answer is what a server says of the connection that a request came by.
@@ -19,7 +20,12 @@ type Answer struct {
 	Local string // of the accepted socket
 	// SO_ORIGINAL_DST of the accepted socket, at the proxy.
 	OriginalDst string
+	// What proxies that pass requests on have put into the header.
+	Through []string
 }
+
+// Header is what HAProxy, in a test's configuration, adds to what it passes on.
+const Header = "X-Through"
 
 // Dial is what became of a connection.
 type Dial struct {
@@ -27,6 +33,12 @@ type Dial struct {
 	Peer   string // as the client's getpeername has it
 	Local  string
 	Error  string
+}
+
+// Resolved is what the app's resolver has found.
+type Resolved struct {
+	Addrs []string
+	Error string
 }
 
 // Held is the state of a connection that the app keeps busy.
@@ -40,7 +52,7 @@ type Held struct {
 type Early struct {
 	Tried    int
 	Answered int
-	// Answers that came from anybody but the proxy.
+	// Answers that came neither from the proxy nor through one.
 	Around []Dial
 }
 

@@ -43,7 +43,12 @@ func app(ctx context.Context, args []string) error {
 		go func() { failed <- serve(ctx, addr, answer("app"), nil) }()
 	}
 	mux := http.NewServeMux()
-	mux.HandleFunc("/dial", func(w http.ResponseWriter, r *http.Request) { reply(w, dial(r.Context(), r.FormValue("url"))) })
+	mux.HandleFunc("/dial", func(w http.ResponseWriter, r *http.Request) {
+		reply(w, dial(r.Context(), r.FormValue("url"), time.Minute))
+	})
+	mux.HandleFunc("/resolve", func(w http.ResponseWriter, r *http.Request) {
+		reply(w, resolve(r.Context(), r.FormValue("network"), r.FormValue("server"), r.FormValue("name")))
+	})
 	mux.HandleFunc("/hold", func(_ http.ResponseWriter, r *http.Request) { go a.hold(ctx, r.FormValue("url")) })
 	mux.HandleFunc("/held", a.showHeld)
 	mux.HandleFunc("/early", a.showEarly)
@@ -77,7 +82,9 @@ func answer(who string) http.HandlerFunc {
 
 func answerTo(who string, r *http.Request) wire.Answer {
 	local, _ := r.Context().Value(http.LocalAddrContextKey).(net.Addr)
-	return wire.Answer{Who: who, Pod: os.Getenv("POD_NAME"), Peer: r.RemoteAddr, Local: local.String()}
+	return wire.Answer{
+		Who: who, Pod: os.Getenv("POD_NAME"), Peer: r.RemoteAddr, Local: local.String(), Through: r.Header.Values(wire.Header),
+	}
 }
 
 func reply(w http.ResponseWriter, v any) {
@@ -121,15 +128,29 @@ func request(ctx context.Context, c *http.Client, url string) (a wire.Answer, er
 }
 
 // dial makes one connection with one request.
-func dial(ctx context.Context, url string) (d wire.Dial) {
+func dial(ctx context.Context, url string, timeout time.Duration) (d wire.Dial) {
 	var conns int
-	c := client(&d, &conns, 5*time.Second)
+	c := client(&d, &conns, timeout)
 	defer c.CloseIdleConnections()
 	var err error
 	if d.Answer, err = request(ctx, c, url); err != nil {
 		d.Error = err.Error()
 	}
 	return d
+}
+
+// resolve asks a nameserver, over "udp" or "tcp".
+func resolve(ctx context.Context, network, server, name string) (r wire.Resolved) {
+	resolver := net.Resolver{PreferGo: true, Dial: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		var d net.Dialer
+		d.SetMultipathTCP(false)
+		return d.DialContext(ctx, network, server)
+	}}
+	var err error
+	if r.Addrs, err = resolver.LookupHost(ctx, name); err != nil {
+		r.Error = err.Error()
+	}
+	return r
 }
 
 // hold keeps one connection busy.
@@ -169,12 +190,12 @@ func (a *application) showHeld(w http.ResponseWriter, r *http.Request) {
 func (a *application) keepDialling(ctx context.Context, url string) {
 	for wait := 10 * time.Millisecond; ctx.Err() == nil; {
 		wait = min(2*wait, 100*time.Millisecond) // fifty that don't wait leave nothing for their proxies to start with
-		d := dial(ctx, url)
+		d := dial(ctx, url, 5*time.Second)       // and then again
 		a.mu.Lock()
 		a.early.Tried++
 		if d.Error == "" {
 			a.early.Answered++
-			if d.Answer.Who != "proxy" {
+			if d.Answer.Who != "proxy" && len(d.Answer.Through) == 0 {
 				a.early.Around = append(a.early.Around, d)
 			}
 		}

@@ -4,12 +4,12 @@
 // app, the proxy beside it, the pause container.
 //
 //	workload app [-listen ADDR,…] [-control ADDR] [-early URL]
-//	workload proxy
+//	workload proxy sidecar [-transparent]
 //	workload dial URL WANT       exit 0 if who answers is WANT
 //	workload pause | true
 //
-// The proxy answers outbound connections itself instead of passing them on: so
-// who answers tells whether a connection was redirected.
+// The proxy answers outbound connections, and questions to nameservers, itself
+// instead of passing them on: so who answers tells what was redirected.
 package main
 
 import (
@@ -19,6 +19,7 @@ import (
 	"os"
 	"os/signal"
 	"syscall"
+	"time"
 )
 
 func main() {
@@ -33,8 +34,7 @@ func main() {
 	case "app":
 		err = app(ctx, os.Args[2:])
 	case "proxy":
-		// Injected proxies are called `proxy sidecar …`.
-		err = proxy(ctx)
+		err = proxy(ctx, os.Args[2:])
 	case "dial":
 		err = dialOnce(ctx, os.Args[2:])
 	case "pause":
@@ -74,7 +74,7 @@ func dialOnce(ctx context.Context, args []string) error {
 	if len(args) != 2 {
 		return fmt.Errorf("dial: %d arguments: expected URL and WANT", len(args))
 	}
-	d := dial(ctx, args[0])
+	d := dial(ctx, args[0], 10*time.Second)
 	if err := json.NewEncoder(os.Stdout).Encode(d); err != nil {
 		return err
 	}

@@ -5,6 +5,7 @@ package main
 import (
 	"context"
 	"errors"
+	"flag"
 	"fmt"
 	"io"
 	"net"
@@ -12,6 +13,7 @@ import (
 	"net/netip"
 	"strconv"
 	"sync"
+	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -20,17 +22,25 @@ import (
 )
 
 type sidecar struct {
-	mu      sync.Mutex
-	inbound []wire.Inbound
+	transparent bool // as a pod in TPROXY mode wants its proxy
+	mu          sync.Mutex
+	inbound     []wire.Inbound
 }
 
 type originalKey struct{}
 
-// proxy answers what its pod dials, and passes on what its pod is dialled for,
-// from the source address that tells the redirection to leave it alone.
-func proxy(ctx context.Context) error {
+// proxy answers what its pod dials and what its pod asks of nameservers, and
+// passes on what its pod is dialled for: from the source address that tells the
+// redirection to leave it alone or, if it is transparent, from the client's.
+func proxy(ctx context.Context, args []string) error {
+	flags := flag.NewFlagSet("proxy", flag.ContinueOnError)
 	p := &sidecar{}
-	failed := make(chan error, 3)
+	flags.BoolVar(&p.transparent, "transparent", false, "be as TPROXY mode wants a proxy; needs CAP_NET_ADMIN")
+	// Injected proxies are called "proxy sidecar ...".
+	if err := flags.Parse(args[min(1, len(args)):]); err != nil {
+		return err
+	}
+	failed := make(chan error, 5)
 	outbound := func(w http.ResponseWriter, r *http.Request) {
 		a := answerTo("proxy", r)
 		a.OriginalDst, _ = r.Context().Value(originalKey{}).(string)
@@ -45,6 +55,11 @@ func proxy(ctx context.Context) error {
 	}
 	go func() { failed <- serve(ctx, ":15001", http.HandlerFunc(outbound), keep) }()
 	go func() { failed <- p.passOn(ctx, ":15006") }()
+	for _, host := range []string{"127.0.0.1", "::1"} {
+		go func() {
+			failed <- wire.ServeDNS(ctx, net.JoinHostPort(host, strconv.Itoa(wire.DNSPort)), wire.ProxyAddrs)
+		}()
+	}
 	mux := http.NewServeMux()
 	mux.HandleFunc("/inbound", func(w http.ResponseWriter, _ *http.Request) {
 		p.mu.Lock()
@@ -59,6 +74,9 @@ func proxy(ctx context.Context) error {
 func (p *sidecar) passOn(ctx context.Context, addr string) error {
 	var lc net.ListenConfig
 	lc.SetMultipathTCP(false)
+	if p.transparent {
+		lc.Control = transparent
+	}
 	l, err := lc.Listen(ctx, "tcp", addr)
 	if err != nil {
 		return err
@@ -74,7 +92,7 @@ func (p *sidecar) passOn(ctx context.Context, addr string) error {
 		go func() {
 			defer c.Close()
 			in := wire.Inbound{Peer: c.RemoteAddr().String()}
-			dst, up, err := upstream(ctx, c)
+			dst, up, err := p.upstream(ctx, c)
 			in.OriginalDst = dst.String()
 			if err != nil {
 				in.Error = err.Error()
@@ -89,18 +107,46 @@ func (p *sidecar) passOn(ctx context.Context, addr string) error {
 	}
 }
 
-func upstream(ctx context.Context, c net.Conn) (dst netip.AddrPort, up net.Conn, err error) {
-	if dst, err = originalDst(c); err != nil {
-		return dst, nil, fmt.Errorf("original destination: %w", err)
+func (p *sidecar) upstream(ctx context.Context, c net.Conn) (dst netip.AddrPort, up net.Conn, err error) {
+	d := net.Dialer{Timeout: time.Minute}
+	if p.transparent {
+		// Nothing was rewritten: the connection has both addresses.
+		dst = c.LocalAddr().(*net.TCPAddr).AddrPort()
+		d.LocalAddr = &net.TCPAddr{IP: c.RemoteAddr().(*net.TCPAddr).IP}
+		d.Control = marked
+	} else {
+		if dst, err = originalDst(c); err != nil {
+			return dst, nil, fmt.Errorf("original destination: %w", err)
+		}
+		d.LocalAddr = &net.TCPAddr{IP: net.IPv4(127, 0, 0, 6)}
+		if dst.Addr().Is6() {
+			d.LocalAddr = &net.TCPAddr{IP: net.ParseIP("::6")}
+		}
 	}
-	source := netip.MustParseAddr("127.0.0.6")
-	if dst.Addr().Is6() {
-		source = netip.MustParseAddr("::6")
-	}
-	d := net.Dialer{Timeout: 5 * time.Second, LocalAddr: net.TCPAddrFromAddrPort(netip.AddrPortFrom(source, 0))}
+	dst = netip.AddrPortFrom(dst.Addr().Unmap(), dst.Port())
 	d.SetMultipathTCP(false)
 	up, err = d.DialContext(ctx, "tcp", dst.String())
 	return dst, up, err
+}
+
+// transparent is a ListenConfig's Control: the socket may have others' addresses.
+func transparent(network, _ string, c syscall.RawConn) (err error) {
+	cerr := c.Control(func(fd uintptr) {
+		level, option := unix.SOL_IP, unix.IP_TRANSPARENT
+		if network == "tcp6" {
+			level, option = unix.SOL_IPV6, unix.IPV6_TRANSPARENT
+		}
+		err = unix.SetsockoptInt(int(fd), level, option, 1)
+	})
+	return errors.Join(cerr, err)
+}
+
+// marked is a Dialer's Control: transparent, and with the mark that leads the
+// answers back to the proxy. A listener must not have it: the kernel would lead
+// its answers to clients there as well.
+func marked(network, addr string, c syscall.RawConn) (err error) {
+	cerr := c.Control(func(fd uintptr) { err = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_MARK, 1337) })
+	return errors.Join(cerr, err, transparent(network, addr, c))
 }
 
 func splice(a, b net.Conn) {

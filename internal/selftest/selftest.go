@@ -30,7 +30,7 @@ import (
 )
 
 // Limit bounds a whole run, its clearing away not counted.
-const Limit = 20 * time.Second
+const Limit = time.Minute
 
 // Options say what to test.
 type Options struct {

@@ -9,7 +9,6 @@ import (
 	"strings"
 	"sync"
 	"testing"
-	"time"
 
 	"shunt.dev/shunt/bpf"
 	"shunt.dev/shunt/internal/testbed"
@@ -32,7 +31,10 @@ func testTimeWait(t *testing.T, n *node) {
 		if own.Is6() {
 			src = ap("[fd99::7]:7777")
 		}
-		for i := range 4 {
+		const n = 4
+		waited := 0 // how many were accepted at a second SYN only, which is sent a second later
+		for i := range n {
+			before := tcpCount(t, w, "TCPSynRetrans")
 			r := w.Connect(t, testbed.ConnectSpec{SocketSpec: testbed.SocketSpec{Bind: src, ReuseAddr: true}, Dst: at(own, 8080), Keep: true})
 			// Who closes first has the TIME_WAIT: that must be the proxy.
 			if _, errno := w.RecvLine(t, r.Sock, 0); errno != testbed.ErrnoEOF {
@@ -40,13 +42,18 @@ func testTimeWait(t *testing.T, n *node) {
 			}
 			w.Close(t, r.Sock)
 			expect(t, fmt.Sprintf("connection %d from %v", i, src), r, want{listener: "in", dst: at(own, 8080), from: src.Addr()})
-			if r.Elapsed > 500*time.Millisecond {
-				t.Errorf("connection %d from %v took %v", i, src, r.Elapsed)
+			if tcpCount(t, w, "TCPSynRetrans") > before {
+				t.Logf("connection %d from %v took %v", i, src, r.Elapsed)
+				waited++
 			}
 			testbed.Eventually(t, "TIME_WAIT in the pod", func() bool {
 				b, err := os.ReadFile(fmt.Sprintf("/proc/%d/net/tcp6", c.proxy.PID))
 				return err == nil && strings.Contains(string(b), ":1E61 06 ")
 			})
+		}
+		// One may be the machine's doing, where it is emulated or has others to serve.
+		if waited > 1 {
+			t.Errorf("from %v: %d of %d connections were not accepted at once", src, waited, n)
 		}
 	}
 	p.expectFailures(t)

@@ -190,11 +190,12 @@ func synFlood(t testing.TB, w *testbed.World, dst netip.AddrPort, stop <-chan st
 	}
 }
 
-// cookiesSent is how many SYNs the pod has answered by a cookie.
-func cookiesSent(t testing.TB, p *testbed.Pod) int {
+// tcpCount is one of the counters that the kernel has of TCP in a network
+// namespace.
+func tcpCount(t testing.TB, in interface{ Do(func() error) error }, name string) int {
 	t.Helper()
 	var stat []byte
-	if err := p.Do(func() (err error) {
+	if err := in.Do(func() (err error) {
 		stat, err = os.ReadFile("/proc/thread-self/net/netstat")
 		return err
 	}); err != nil {
@@ -202,9 +203,9 @@ func cookiesSent(t testing.TB, p *testbed.Pod) int {
 	}
 	names, values, _ := strings.Cut(string(stat), "\n")
 	values, _, _ = strings.Cut(values, "\n")
-	i := slices.Index(strings.Fields(names), "SyncookiesSent")
+	i := slices.Index(strings.Fields(names), name)
 	if i < 0 {
-		t.Fatal("the kernel counts no SYN cookies")
+		t.Fatalf("the kernel has no counter %s", name)
 	}
 	n, err := strconv.Atoi(strings.Fields(values)[i])
 	if err != nil {
@@ -248,7 +249,7 @@ func TestPrivilegedSYNFloodUnderWay(t *testing.T) {
 	}
 	close(stop)
 	<-ended
-	cookies := cookiesSent(t, p.Pod)
+	cookies := tcpCount(t, p.Pod, "SyncookiesSent")
 	t.Logf("%d SYNs, %d cookies, %d clients", sent.Load(), cookies, tried)
 	if cookies == 0 {
 		t.Error("the flood was none")

@@ -165,9 +165,7 @@ func TestPrivilegedSYNFlood(t *testing.T) {
 				}
 			}
 		}
-		if cookies := p.Command(t, "grep", "TcpExt:", "/proc/self/net/netstat"); cookies == "" {
-			t.Error("no counters")
-		} else if sent := counter(t, cookies, "SyncookiesSent"); sent == "0" {
+		if tcpCount(t, p.Pod, "SyncookiesSent") == 0 {
 			t.Error("no SYN cookie was sent")
 		}
 		for _, l := range app.Listeners[8080] {
@@ -177,18 +175,6 @@ func TestPrivilegedSYNFlood(t *testing.T) {
 		}
 		p.expectFailures(t)
 	})
-}
-
-// counter finds a value in the two lines of names and values of netstat.
-func counter(t *testing.T, lines, name string) string {
-	t.Helper()
-	names, values, _ := strings.Cut(lines, "\n")
-	i := slices.Index(strings.Fields(names), name)
-	if v := strings.Fields(values); i >= 0 && i < len(v) {
-		return v[i]
-	}
-	t.Fatalf("no counter %s in %q", name, lines)
-	return ""
 }
 
 // TestPrivilegedTaggedReset: the answer to a tagged frame has its tag.

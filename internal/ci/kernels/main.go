@@ -263,7 +263,7 @@ func readReport(dir string) (*probe.Report, error) {
 		}
 		want := map[string]string{probe.EBPF: "0", probe.Iptables: "3"}[reports[i].Datapath]
 		if got := strings.TrimSpace(string(status)); got != want {
-			return nil, fmt.Errorf("%s: exit status %s for datapath %s (%s)", name, got, reports[i].Datapath, reports[i].Reason)
+			return nil, errors.Join(fmt.Errorf("%s: exit status %s for datapath %s (%s)", name, got, reports[i].Datapath, reports[i].Reason), selfTest(&reports[i]))
 		}
 	}
 	for _, row := range reports[0].Rows {
@@ -315,6 +315,12 @@ func judge(kernel string, r *probe.Report) error {
 			bad = append(bad, fmt.Errorf("no self-test of %s", path))
 		}
 	}
+	return errors.Join(append(bad, selfTest(r))...)
+}
+
+// selfTest tells of the checks that are not OK.
+func selfTest(r *probe.Report) error {
+	var bad []error
 	for _, c := range r.SelfTest {
 		if !c.OK {
 			bad = append(bad, fmt.Errorf("self-test of %s, %s: %s, not %s", c.Path, c.Connection, c.Got, c.Expected))
