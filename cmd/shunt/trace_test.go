@@ -99,7 +99,7 @@ func TestTraced(t *testing.T) {
 // leave out nothing.
 func TestTracedRules(t *testing.T) {
 	all, direct, redirected := tracedRules(false, false), tracedRules(true, false), tracedRules(false, true)
-	for r := range bpf.ShuntRule(bpf.ShuntRuleRULE_COUNT) {
+	for r := range bpf.ShuntRuleRULE_COUNT {
 		in := func(list []bpf.ShuntRule) bool { return slices.Contains(list, r) }
 		is := redirect.Rule(r).Verdict() == redirect.VerdictDirect
 		if !in(all) || r != bpf.ShuntRuleRULE_NONE && (in(direct) != is || in(redirected) == is) {
