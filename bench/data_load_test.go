@@ -327,7 +327,7 @@ func (l *load) await(o order, r *report) error {
 			return err
 		}
 		if n, err := l.read(fd, 1); !errors.Is(err, unix.ECONNRESET) {
-			return fmt.Errorf("no reset comes, but %d bytes, %w", n, err)
+			return errors.Join(fmt.Errorf("no reset comes, but %d bytes", n), err)
 		}
 		closeFD(fd)
 		return nil
@@ -357,7 +357,7 @@ func (l *load) converse(o order, r *report) error {
 			}
 		}
 		if n, err := l.read(fd, 1); n != 1 {
-			return fmt.Errorf("no answer comes, but %d bytes, %w", n, err)
+			return errors.Join(fmt.Errorf("no answer comes, but %d bytes", n), err)
 		}
 		return nil
 	})
@@ -381,7 +381,7 @@ func (l *load) answer(o order, r *report) error {
 			break
 		}
 		if err != nil || n == 0 {
-			return fmt.Errorf("no reset comes, but %d bytes, %w", n, err)
+			return errors.Join(fmt.Errorf("no reset comes, but %d bytes", n), err)
 		}
 	}
 	info, err := unix.GetsockoptTCPInfo(fd, unix.IPPROTO_TCP, unix.TCP_INFO)
