@@ -239,7 +239,8 @@ func (t *Tracer) renew() error {
 	}
 	if t.at != nil && t.at.epoch != epoch {
 		t.countLost()
-		if err := t.at.close(); err != nil {
+		key := uint32(t.seat)
+		if err := errors.Join(remove(t.at.rings, &key), t.at.close()); err != nil {
 			return err
 		}
 		t.at = nil

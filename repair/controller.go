@@ -506,7 +506,9 @@ func (c *controller) report(ctx context.Context, pod *corev1.Pod, how state) {
 	c.found[pod.UID] = how
 	c.mu.Unlock()
 	if !told {
-		c.metrics.count(k, resultFound)
+		if how != stateForeign { // which is no loss: it is counted as skipped
+			c.metrics.count(k, resultFound)
+		}
 		c.Log.Warn("a running pod is not redirected as it should be", "pod", nameOf(pod), "uid", pod.UID, "found", text)
 		c.events.say(pod, corev1.EventTypeWarning, "RedirectionLost", text)
 	}

@@ -677,7 +677,7 @@ func TestSweep(t *testing.T) {
 				defer n.mu.Unlock()
 				return n.tidied > 5
 			})
-			for k, found := range map[kind]int{kindLost: 2, kindWrong: 1} {
+			for k, found := range map[kind]int{kindLost: 1, kindWrong: 1} {
 				if got := w.metric(k, resultFound); got != found {
 					t.Errorf("%s: %d found, want %d", k, got, found)
 				}

@@ -18,6 +18,7 @@ import (
 	"strings"
 	"time"
 	"unicode"
+	"unicode/utf8"
 
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
@@ -357,9 +358,28 @@ func (t *tracing) line(v any) error {
 	if err := enc.Encode(v); err != nil {
 		return err
 	}
-	_, err := t.out.Write(b.Bytes())
+	_, err := t.out.Write(escapeC1(b.Bytes()))
 	return err
 }
+
+// escapeC1 escapes in a line of JSON what terminals may take for control and the
+// encoder leaves as it is: DEL and the C1 controls. It says the same then.
+func escapeC1(line []byte) []byte {
+	if !bytes.ContainsFunc(line, isC1) {
+		return line
+	}
+	var out []byte
+	for _, r := range string(line) {
+		if isC1(r) {
+			out = fmt.Appendf(out, `\u%04x`, r)
+		} else {
+			out = utf8.AppendRune(out, r)
+		}
+	}
+	return out
+}
+
+func isC1(r rune) bool { return r >= 0x7f && r <= 0x9f }
 
 // newTraced is what trace writes of a decision.
 func newTraced(d *loader.Decision, pod *podName) *traced {

@@ -47,10 +47,10 @@ var tracedCases = []struct {
 	},
 	{
 		"a datagram of a pod that no record knows, and of a process with a bold name",
-		loader.Decision{Rule: bpf.ShuntRule(redirect.RuleOutDNS), Protocol: unix.IPPROTO_UDP, Dst: netip.MustParseAddrPort("[fd96::10]:53"), PID: 1, Command: "\x1b[2J<é\xff"},
+		loader.Decision{Rule: bpf.ShuntRule(redirect.RuleOutDNS), Protocol: unix.IPPROTO_UDP, Dst: netip.MustParseAddrPort("[fd96::10]:53"), PID: 1, Command: "\x1b[2J<é\u009b1m\xff"},
 		nil,
-		"? ?[2J<é�/1 [fd96::10]:53/udp DNS out-dns",
-		`{"type":"decision","time":"2026-01-02T03:04:05.000006Z","direction":"outbound","proto":"udp","process":{"pid":1,"name":"\u001b[2J<é�","uid":0,"gid":0},"destination":"[fd96::10]:53","verdict":"DNS","rule":"out-dns"}`,
+		"? ?[2J<é?1m�/1 [fd96::10]:53/udp DNS out-dns",
+		`{"type":"decision","time":"2026-01-02T03:04:05.000006Z","direction":"outbound","proto":"udp","process":{"pid":1,"name":"\u001b[2J<é\u009b1m�","uid":0,"gid":0},"destination":"[fd96::10]:53","verdict":"DNS","rule":"out-dns"}`,
 	},
 	{
 		"refused",

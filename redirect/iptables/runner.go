@@ -17,6 +17,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"shunt.dev/shunt/internal/rundir"
 )
 
 // A Mode is which of the kernel's two packet filters the programs speak to.
@@ -141,6 +143,10 @@ func (b *Backend) choicePath() string { return filepath.Join(b.opts.RunDir, "ipt
 func (b *Backend) tools(ctx context.Context) (*tools, error) {
 	if b.found != nil {
 		return b.found, nil
+	}
+	// What is read there names programs that are run as root.
+	if err := rundir.Check(b.opts.RunDir); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("runDir: %w", err)
 	}
 	if data, err := os.ReadFile(b.choicePath()); err == nil {
 		var c choice
