@@ -19,6 +19,7 @@ import (
 	"shunt.dev/shunt/install"
 	"shunt.dev/shunt/internal/found"
 	"shunt.dev/shunt/loader"
+	"shunt.dev/shunt/redirect"
 	"shunt.dev/shunt/redirect/backends"
 )
 
@@ -228,6 +229,9 @@ func labelValues() map[string][]string {
 			install.ResultInstalled, install.ResultUpdated, install.ResultHealed, install.ResultWaiting, install.ResultFight,
 		},
 		"problem": {found.Problem, backends.ProblemNoListener, backends.ProblemHookMissing},
+	}
+	for _, reason := range redirect.FallbackReasons() {
+		v["reason"] = append(v["reason"], string(reason))
 	}
 	for place := range bpf.ShuntPlace(64) {
 		e := loader.ErrorCount{Place: place, Errno: 1}
