@@ -218,7 +218,10 @@ func (t *tracing) run(ctx context.Context, rules []bpf.ShuntRule) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, t.tracer.Close()) }()
-	if err := t.head(); err != nil {
+	if err := t.look(); err != nil {
+		return err
+	}
+	if err := t.head(); err != nil { // which says that the pods that are there are shown from now on
 		return err
 	}
 	for shown := 0; ctx.Err() == nil; {

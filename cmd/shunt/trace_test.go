@@ -394,7 +394,10 @@ func (n *node) traceWhile(t *testing.T, args []string, do func()) string {
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
-	testbed.Eventually(t, "tracing", func() bool { return n.tracing(t).Tracers[0].Until != 0 })
+	testbed.Eventually(t, "tracing", func() bool {
+		seat := n.tracing(t).Tracers[0]
+		return seat.Until != 0 && seat.Pods[0] != ^uint64(0) // which is none yet
+	})
 	do()
 	if err := cmd.Wait(); err != nil || errs.Len() > 0 {
 		t.Errorf("%q: %v\n%s", args, err, errs.String())
