@@ -5,6 +5,7 @@
 package main
 
 import (
+	"bytes"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -20,6 +21,7 @@ import (
 
 	"shunt.dev/shunt/internal/found"
 	"shunt.dev/shunt/internal/testbed"
+	"shunt.dev/shunt/loader"
 	"shunt.dev/shunt/redirect"
 )
 
@@ -573,6 +575,30 @@ func TestPrivilegedRender(t *testing.T) {
 	}
 }
 
+// asOfAnotherBuild gives this build's datapath another's name, and has the records
+// of its pods say so.
+func (n *node) asOfAnotherBuild(t *testing.T) {
+	t.Helper()
+	const other = "datapath-0123456789abcdef"
+	if err := os.Rename(filepath.Join(n.bpfDir, loader.ThisBuild()), filepath.Join(n.bpfDir, other)); err != nil {
+		t.Fatal(err)
+	}
+	records, err := filepath.Glob(n.runDir + "/attachments/*.json")
+	if err != nil || len(records) == 0 {
+		t.Fatalf("records: %q, %v", records, err)
+	}
+	for _, path := range records {
+		record, err := os.ReadFile(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		record = bytes.ReplaceAll(record, []byte(loader.ThisBuild()), []byte(other))
+		if err := os.WriteFile(path, record, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
 // TestPrivilegedExamples: the verbs that write do what help and documentation
 // show.
 func TestPrivilegedExamples(t *testing.T) {
@@ -616,6 +642,9 @@ func TestPrivilegedExamples(t *testing.T) {
 				t.Errorf("inbound: %+v", r)
 			}
 		}
+		if args[0] == "upgrade" { // of a pod that another build has set up
+			n.asOfAnotherBuild(t)
+		}
 		if args[0] == "trace" { // while the app and a client connect
 			e.compareTraced(t, n.traceWhile(t, append(args, "--netconf", n.conf(t, "auto")), func() {
 				expectServed(t, app, "10.99.3.4:80", "out")
@@ -629,7 +658,7 @@ func TestPrivilegedExamples(t *testing.T) {
 		e.compare(t, back.Replace(out))
 		tried[args[0]]++
 	}
-	for verb, want := range map[string]int{"apply": 2, "check": 2, "remove": 2, "status": 3, "trace": 2} {
+	for verb, want := range map[string]int{"apply": 2, "check": 2, "remove": 2, "status": 3, "trace": 2, "upgrade": 2} {
 		if tried[verb] != want {
 			t.Errorf("%s: %d examples in help and documentation, want %d", verb, tried[verb], want)
 		}

@@ -191,12 +191,11 @@ type tracing struct {
 	pod        *podName // nil: all
 	count      int      // of decisions to show; 0: any number
 
-	tracer   *loader.Tracer
-	pods     map[uint64]*podName // by their network namespaces' cookies
-	looked   string              // what the records' folders looked like when they were read last
-	lookedAt time.Time
-	told     map[string]bool // notices
-	widths   [5]int
+	tracer *loader.Tracer
+	pods   map[uint64]*podName // by their network namespaces' cookies
+	looked string              // what the records' folders looked like when they were read last
+	told   map[string]bool     // notices
+	widths [5]int
 }
 
 func (t *tracing) run(ctx context.Context, rules []bpf.ShuntRule) (err error) {
@@ -220,7 +219,10 @@ func (t *tracing) run(ctx context.Context, rules []bpf.ShuntRule) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, t.tracer.Close()) }()
-	if err := t.head(); err != nil {
+	if err := t.look(); err != nil {
+		return err
+	}
+	if err := t.head(); err != nil { // which says that the pods that are there are shown from now on
 		return err
 	}
 	for shown := 0; ctx.Err() == nil; {
@@ -288,7 +290,7 @@ func (t *tracing) look() error {
 		return err
 	}
 	all = slices.DeleteFunc(all, func(a *attached) bool { return !t.wishes(a) })
-	if t.looked, t.lookedAt = now, time.Now(); !settled {
+	if t.looked = now; !settled {
 		t.looked = ""
 	}
 	t.pods = map[uint64]*podName{}
@@ -407,9 +409,9 @@ func newTraced(d *loader.Decision, pod *podName) *traced {
 
 func (t *tracing) show(d *loader.Decision) error {
 	pod := t.pods[d.Cookie]
-	if pod == nil && time.Since(t.lookedAt) > lookEvery {
-		// It may have come a moment ago.
-		t.looked = ""
+	if pod == nil {
+		// It may have come since the last look: its record was there before its
+		// programs were.
 		if err := t.look(); err != nil {
 			return err
 		}

@@ -26,6 +26,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"shunt.dev/shunt/bpf"
+	"shunt.dev/shunt/internal/netconf"
 	"shunt.dev/shunt/internal/testbed"
 	"shunt.dev/shunt/loader"
 	"shunt.dev/shunt/redirect"
@@ -126,6 +127,42 @@ func TestTraceUsage(t *testing.T) {
 		if exit := run(t.Context(), args, strings.NewReader(""), &out, &errs); exit != exitUsage || !strings.Contains(errs.String(), c.want) || out.Len() > 0 {
 			t.Errorf("%q: exit status %d, %q, want %q", args, exit, errs.String(), c.want)
 		}
+	}
+}
+
+// TestTraceNames: a decision right after a look has the name of a pod that has come
+// since, whose record is there before its programs are.
+func TestTraceNames(t *testing.T) {
+	var out bytes.Buffer
+	x := &tracing{conf: &netconf.Config{RunDir: t.TempDir()}, out: &out, json: true, tracer: new(loader.Tracer), told: map[string]bool{}}
+	records := filepath.Join(x.conf.RunDir, "attachments")
+	for cookie, name := range []string{"first", "second", "third"} {
+		if cookie == 2 { // long after the one before
+			if err := os.Chtimes(records, time.Time{}, time.Now().Add(-time.Hour)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := x.look(); err != nil {
+			t.Fatal(err)
+		}
+		record := fmt.Sprintf(`{"ContainerID":%q,"IfName":"eth0","Build":%q,"Pod":{"Namespace":"shop","Name":%q},"Cookie":%d}`, name, loader.ThisBuild(), name, cookie)
+		if err := os.MkdirAll(records, 0o700); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(filepath.Join(records, name+"@eth0.json"), []byte(record), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		out.Reset()
+		if err := x.show(&loader.Decision{Cookie: uint64(cookie)}); err != nil {
+			t.Fatal(err)
+		}
+		if want := `"pod":{"namespace":"shop","name":"` + name + `"}`; !strings.Contains(out.String(), want) {
+			t.Errorf("%s: %q, want it to have %s", name, out.String(), want)
+		}
+	}
+	out.Reset()
+	if err := x.show(&loader.Decision{Cookie: 99}); err != nil || strings.Contains(out.String(), `"pod"`) {
+		t.Errorf("of a pod that no record knows: %q, %v", out.String(), err)
 	}
 }
 
@@ -243,6 +280,23 @@ func TestPrivilegedTrace(t *testing.T) {
 		}
 	}
 
+	// first gives the first decision of a pod's app, to dst. Those of the first pod's
+	// earlier connections may come before it.
+	first := func(x *trace, a *testbed.App, dst string) traced {
+		t.Helper()
+		for {
+			got := next(x)
+			switch {
+			case got.Process == nil || got.Process.PID != a.PID && got.Process.PID != app.PID:
+				t.Errorf("neither of process %d nor of %d: %+v", a.PID, app.PID, got)
+			case got.Process.PID == a.PID && got.Destination.String() == dst:
+				return got
+			case a != app && got.Process.PID == a.PID:
+				t.Errorf("to another destination than %s: %+v", dst, got)
+			}
+		}
+	}
+
 	// Nothing is loaded yet, and no pod there.
 	x := n.trace(t, "--netconf", conf, "-o", "json")
 	named := n.trace(t, "--netconf", conf, "-o", "json", "--pod", name, "--direct")
@@ -259,34 +313,30 @@ func TestPrivilegedTrace(t *testing.T) {
 		return len(x.lines) > 0
 	})
 	want("a pod that has come", next(x), p, app, "10.99.3.4:80", "OUT", "out-include-cidr")
-	for len(x.lines) > 0 {
-		next(x)
-	}
 	testbed.Eventually(t, "direct decisions", func() bool {
 		expectServed(t, app, "10.99.3.4:3306", "world")
 		return len(named.lines) > 0
 	})
 	for _, x := range []*trace{x, named} {
-		want("direct", next(x), p, app, "10.99.3.4:3306", "direct", "out-exclude-port")
-		for len(x.lines) > 0 {
-			next(x)
-		}
+		want("direct", first(x, app, "10.99.3.4:3306"), p, app, "10.99.3.4:3306", "direct", "out-exclude-port")
 	}
 	// A pod comes while somebody looks on, and is named from its first connection on.
 	q := testbed.NewPod(t, testbed.InWorld(p.World))
 	apply(q, "ebpf")
 	later := q.StartApp(t, 8080)
 	later.Dial(t, "[fd99::3]:443") // its proxy is not there
-	want("a later pod", next(x), q, later, "[fd99::3]:443", "OUT", "out-include-cidr")
-	if len(named.lines) > 0 {
-		t.Errorf("another pod's decision: %s", <-named.lines)
-	}
+	want("a later pod", first(x, later, "[fd99::3]:443"), q, later, "[fd99::3]:443", "OUT", "out-include-cidr")
 
 	// Killed, it is off before long, though nobody has switched it off.
 	if err := named.cmd.Process.Signal(os.Interrupt); err != nil {
 		t.Fatal(err)
 	}
 	named.end(t, 0)
+	for line := range named.lines { // to the last, of earlier connections
+		if !strings.Contains(line, `"10.99.3.4:3306"`) || !strings.Contains(line, p.UID) {
+			t.Errorf("a trace of the first pod's direct connections shows %s", line)
+		}
+	}
 	if err := x.cmd.Process.Kill(); err != nil {
 		t.Fatal(err)
 	}
@@ -344,7 +394,10 @@ func (n *node) traceWhile(t *testing.T, args []string, do func()) string {
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
-	testbed.Eventually(t, "tracing", func() bool { return n.tracing(t).Tracers[0].Until != 0 })
+	testbed.Eventually(t, "tracing", func() bool {
+		seat := n.tracing(t).Tracers[0]
+		return seat.Until != 0 && seat.Pods[0] != ^uint64(0) // which is none yet
+	})
 	do()
 	if err := cmd.Wait(); err != nil || errs.Len() > 0 {
 		t.Errorf("%q: %v\n%s", args, err, errs.String())

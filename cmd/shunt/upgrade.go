@@ -30,8 +30,7 @@ not to be found: it goes on to work. Pods of iptables are not touched.
 Exit status: 0 no pod has another build's programs; 1 failed; 2 bad usage or input; 6
 pods keep another build's programs.`,
 		Example: `  # shunt upgrade
-  14 pods have this build's programs now
-  keeps datapath-865fb7671987b094: pod shop/reviews-v1-7f99cc4496-xk2lp, attachment ...`,
+  1 pod has this build's programs now`,
 	}
 	var confPath, logLevel string
 	f := cmd.Flags()

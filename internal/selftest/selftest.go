@@ -351,11 +351,16 @@ func ipNet(p netip.Prefix) *net.IPNet {
 // backend gives the backend of the path, with places of its own for what it
 // keeps.
 func (r *run) backend() (redirect.Backend, error) {
-	runDir, err := scratch.Mount("tmpfs")
+	memory, err := scratch.Mount("tmpfs")
 	if err != nil {
 		return nil, err
 	}
-	r.later(func() error { runDir.Close(); return nil })
+	r.later(func() error { memory.Close(); return nil })
+	// The mount's own path is a link, which a runDir must not be.
+	runDir := memory.Path() + "/run"
+	if err := os.Mkdir(runDir, 0o700); err != nil {
+		return nil, err
+	}
 	bpfDir := ""
 	if r.path == probe.PathEBPF {
 		pins, err := scratch.Mount("bpf")
@@ -366,15 +371,15 @@ func (r *run) backend() (redirect.Backend, error) {
 		bpfDir = pins.Path() + "/shunt"
 	}
 	if r.opts.backend != nil {
-		return r.opts.backend(r.path, bpfDir, runDir.Path()), nil
+		return r.opts.backend(r.path, bpfDir, runDir), nil
 	}
 	switch r.path {
 	case probe.PathEBPF:
-		return ebpf.New(loader.Options{BPFDir: bpfDir, RunDir: runDir.Path()}), nil
+		return ebpf.New(loader.Options{BPFDir: bpfDir, RunDir: runDir}), nil
 	case probe.PathNFT:
-		return iptables.New(iptables.Options{RunDir: runDir.Path(), Mode: iptables.NFT}), nil
+		return iptables.New(iptables.Options{RunDir: runDir, Mode: iptables.NFT}), nil
 	case probe.PathLegacy:
-		return iptables.New(iptables.Options{RunDir: runDir.Path(), Mode: iptables.Legacy}), nil
+		return iptables.New(iptables.Options{RunDir: runDir, Mode: iptables.Legacy}), nil
 	}
 	return nil, fmt.Errorf("there is no path %q", r.path)
 }
