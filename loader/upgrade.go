@@ -264,9 +264,10 @@ func (h *heritage) close() {
 }
 
 // inherit finds the datapath whose maps the one that is about to be loaded can go
-// on with: of several, the one that most pods use. Without one all is new.
-func (d *Datapath) inherit() (h *heritage, err error) {
-	h = &heritage{epoch: newEpoch(), maps: map[string]*ebpf.Map{}}
+// on with: of several, the one that most pods use. Without one all is new. With an
+// error there is nothing to close.
+func (d *Datapath) inherit() (*heritage, error) {
+	h := &heritage{epoch: newEpoch(), maps: map[string]*ebpf.Map{}}
 	others, err := otherBuilds(d.opts)
 	if err != nil || len(others) == 0 {
 		return h, err
@@ -296,21 +297,24 @@ func (d *Datapath) inherit() (h *heritage, err error) {
 	if err != nil || epoch == "" {
 		return h, err
 	}
-	defer func() {
-		if err != nil {
-			h.close()
-		}
-	}()
 	for name, digest := range own {
 		if name == stampLayout || alike[name] != digest {
 			continue
 		}
 		m, err := ebpf.LoadPinnedMap(filepath.Join(d.opts.BPFDir, best, name), nil)
 		if errors.Is(err, fs.ErrNotExist) {
-			continue // what only the TC program needs is not pinned
+			if !slices.Contains(needed, name) {
+				continue // what only the TC program needs is not pinned
+			}
+			// Moved to a map of the same name that is empty, a pod would be none of ours.
+			d.opts.Log.Warn("pods use another build's datapath, of which a map is gone: they keep its programs until they end",
+				"other", best, "map", name)
+			h.close()
+			return &heritage{epoch: newEpoch()}, nil
 		}
 		if err != nil {
-			return nil, err
+			h.close()
+			return nil, fmt.Errorf("take over the maps of %s: %w", best, err)
 		}
 		h.maps[name] = m
 	}
@@ -334,7 +338,7 @@ type Kept struct {
 }
 
 // errLayout is why a pod keeps its programs for as long as it lives.
-var errLayout = fmt.Errorf("%w, whose maps are laid out otherwise than this one's: it keeps them until it ends", ErrOtherBuild)
+var errLayout = fmt.Errorf("%w, whose maps this one has not: it keeps them until it ends", ErrOtherBuild)
 
 // Upgrade has this build's programs redirect every pod of the node, where another
 // build's do so far: later or earlier, it is the same. No connection fails or is

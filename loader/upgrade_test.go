@@ -323,6 +323,58 @@ func TestPrivilegedUpgradeOtherLayout(t *testing.T) {
 	}
 }
 
+// A datapath of which a map is gone, by whatever hand, has no heir: its pods keep their
+// programs, which have the map still, and others get new ones.
+func TestPrivilegedUpgradeOfHalf(t *testing.T) {
+	testbed.Privileged(t)
+	testbed.NoLeaks(t)
+	for _, name := range needed {
+		t.Run(name, func(t *testing.T) {
+			opts, w := node(t), testbed.NewWorld(t)
+			old, fresh := testbed.NewPod(t, testbed.InWorld(w)), testbed.NewPod(t, testbed.InWorld(w))
+			mustAttach(t, opts, old, testRules(old))
+			if err := os.Remove(filepath.Join(newDatapath(opts).dir, name)); err != nil {
+				t.Fatal(err)
+			}
+			next := another(opts, "next", nil)
+			got, err := Upgrade(t.Context(), next)
+			if err != nil || len(got.Moved) != 0 || len(got.Kept) != 1 || !errors.Is(got.Kept[0].Why, ErrOtherBuild) {
+				t.Fatalf("upgrade: %+v, %v; want one pod that is kept", got, err)
+			}
+			runs(t, opts, old, false)
+			mustAttach(t, next, fresh, testRules(fresh))
+			mustRemove(t, next, fresh)
+		})
+	}
+}
+
+// A map that can't be opened is an error, and neither a reason to end nor to go on
+// without it.
+func TestPrivilegedInheritFails(t *testing.T) {
+	testbed.Privileged(t)
+	testbed.NoLeaks(t)
+	opts, p := node(t), testbed.NewPod(t)
+	mustAttach(t, opts, p, testRules(p))
+	pin, away := filepath.Join(newDatapath(opts).dir, bpf.ShuntMapErrors), filepath.Join(newDatapath(opts).dir, "away")
+	if err := errors.Join(os.Rename(pin, away), os.Mkdir(pin, 0o700)); err != nil {
+		t.Fatal(err)
+	}
+	next := another(opts, "next", nil)
+	if got, err := Upgrade(t.Context(), next); err == nil {
+		t.Errorf("upgrade: %+v, want an error of %s", got, pin)
+	}
+	if got := datapaths(t, opts); !slices.Equal(got, []string{opts.build().dir}) {
+		t.Errorf("%v are loaded, want %s alone", got, opts.build().dir)
+	}
+	runs(t, opts, p, false)
+	if err := errors.Join(os.Remove(pin), os.Rename(away, pin)); err != nil {
+		t.Fatal(err)
+	}
+	mustUpgrade(t, next, 1)
+	mustRemove(t, next, p)
+	nothingLeft(t, next)
+}
+
 // A later build may have flags and programs that this one has not: there and back.
 func TestPrivilegedUpgradeOfFewer(t *testing.T) {
 	testbed.Privileged(t)
