@@ -409,8 +409,23 @@ func (d *Datapath) move(r *Record) error {
 	if own != r.Epoch {
 		return errLayout
 	}
-	if unknown := r.Rules.Flags &^ d.opts.build().flags; unknown != 0 {
-		return fmt.Errorf("%w: the pod was set up with what this build has not (flags %#x)", ErrOtherBuild, uint32(unknown))
+	if err := d.knows(r); err != nil {
+		return err
+	}
+	end, err := ends(d.netnsLinks(r.Cookie))
+	if err != nil {
+		return err
+	}
+	if end == gone {
+		// The cgroup's links are another sandbox's by now, and go with its record. The
+		// stamp program is the next pod's.
+		if err := d.replaceStamp(r); err != nil {
+			return err
+		}
+		return d.rename(r)
+	}
+	if err := d.meetSharers(r); err != nil {
+		return err
 	}
 	if err := d.linkNew(r); err != nil {
 		return err
@@ -425,6 +440,39 @@ func (d *Datapath) move(r *Record) error {
 		return err
 	}
 	return d.rename(r)
+}
+
+// knows fails where a pod was set up with what this build's programs have not.
+func (d *Datapath) knows(r *Record) error {
+	if unknown := r.Rules.Flags &^ d.opts.build().flags; unknown != 0 {
+		return fmt.Errorf("%w: the pod was set up with what this build has not (flags %#x)", ErrOtherBuild, uint32(unknown))
+	}
+	return nil
+}
+
+// meetSharers fails where a link that r's attachment has serves another one too, which
+// this build's programs can't serve.
+func (d *Datapath) meetSharers(r *Record) error {
+	others, err := d.sharers(r)
+	if err != nil {
+		return err
+	}
+	for _, o := range others {
+		end, err := ends(d.netnsLinks(o.Cookie))
+		if err != nil {
+			return err
+		}
+		if end == gone {
+			continue
+		}
+		if err = d.knows(o); o.Epoch != r.Epoch {
+			err = errLayout
+		}
+		if err != nil {
+			return fmt.Errorf("attachment %v has the same links: %w", o.ID, err)
+		}
+	}
+	return nil
 }
 
 // replaceProgram has a pinned link run another program, if its target is the right

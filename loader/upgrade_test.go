@@ -375,6 +375,74 @@ func TestPrivilegedInheritFails(t *testing.T) {
 	nothingLeft(t, next)
 }
 
+// Two sandboxes of a pod share its cgroup's links, of two builds whose maps differ: the
+// links are those of the later, and no move of the earlier takes them away from it.
+func TestPrivilegedUpgradeSharedCgroup(t *testing.T) {
+	testbed.Privileged(t)
+	testbed.NoLeaks(t)
+	for _, dead := range []bool{true, false} {
+		t.Run(fmt.Sprintf("the earlier one is gone: %v", dead), func(t *testing.T) {
+			opts, w := node(t), testbed.NewWorld(t)
+			first, second, twin := another(opts, "first", nil), another(opts, "second", otherwise(bpf.ShuntMapPods)), another(opts, "twin", otherwise(stampLayout))
+			old := testbed.NewPod(t, testbed.InWorld(w))
+			mustAttach(t, first, old, testRules(old))
+			netns, _ := linksOf(t, first, old)
+			if dead {
+				old.Destroy(t)
+				testbed.Eventually(t, "the namespace is gone", func() bool { end, err := ends(netns); return err == nil && end == gone })
+			}
+			now := testbed.NewPod(t, testbed.SandboxOf(old))
+			mustAttach(t, second, now, testRules(now))
+			got, err := Upgrade(t.Context(), twin)
+			if err != nil {
+				t.Fatal(err)
+			}
+			moved, kept := []ID(nil), []ID{podID(now), podID(old)}
+			if dead {
+				moved, kept = []ID{podID(old)}, kept[:1]
+			}
+			if !slices.Equal(got.Moved, moved) {
+				t.Errorf("moved: %v, want %v", got.Moved, moved)
+			}
+			for _, id := range kept {
+				if !slices.ContainsFunc(got.Kept, func(k Kept) bool { return k.ID == id && errors.Is(k.Why, ErrOtherBuild) }) {
+					t.Errorf("kept: %+v, want %v among them", got.Kept, id)
+				}
+			}
+			runs(t, second, now, false)
+			if err := Check(t.Context(), second, podID(now)); err != nil {
+				t.Error(err)
+			}
+			mustRemove(t, twin, old)
+			runs(t, second, now, false)
+			mustRemove(t, twin, now)
+			nothingLeft(t, twin)
+		})
+	}
+}
+
+// Two attachments of one network namespace share all links: if one of them has what
+// this build has not, both keep their programs.
+func TestPrivilegedUpgradeSharedNetns(t *testing.T) {
+	testbed.Privileged(t)
+	testbed.NoLeaks(t)
+	opts, p := node(t), testbed.NewPod(t)
+	mustAttach(t, opts, p, testRules(p))
+	second, rules := *p, testRules(p)
+	second.ContainerID = "second"
+	rules.Flags |= bpf.ShuntPodFlagPOD_DNS
+	mustAttach(t, opts, &second, rules)
+	fewer := another(opts, "fewer", func(b *build) { b.flags &^= bpf.ShuntPodFlagPOD_DNS })
+	got, err := Upgrade(t.Context(), fewer)
+	if err != nil || len(got.Moved) != 0 || len(got.Kept) != 2 {
+		t.Errorf("upgrade: %+v, %v; want two attachments that are kept", got, err)
+	}
+	runs(t, opts, p, true)
+	mustRemove(t, opts, &second)
+	mustRemove(t, opts, p)
+	nothingLeft(t, opts)
+}
+
 // A later build may have flags and programs that this one has not: there and back.
 func TestPrivilegedUpgradeOfFewer(t *testing.T) {
 	testbed.Privileged(t)
