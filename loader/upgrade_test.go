@@ -502,6 +502,48 @@ func TestPrivilegedUpgradeOfFewer(t *testing.T) {
 	nothingLeft(t, opts)
 }
 
+// The maps of another build may have larger entries than this one's: what they say is not
+// told, and nothing else is lost for that.
+func TestPrivilegedLargerMaps(t *testing.T) {
+	testbed.Privileged(t)
+	testbed.NoLeaks(t)
+	opts, p := node(t), testbed.NewPod(t)
+	mustAttach(t, opts, p, testRules(p))
+	for name, spec := range map[string]*cebpf.MapSpec{
+		bpf.ShuntMapSlots:  {Type: cebpf.Array, KeySize: 4, ValueSize: 64, MaxEntries: 32},
+		bpf.ShuntMapErrors: {Type: cebpf.LRUHash, KeySize: 24, ValueSize: 16, MaxEntries: 32},
+	} {
+		m, err := cebpf.NewMap(spec)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer m.Close()
+		if spec.Type == cebpf.LRUHash {
+			if err := m.Put(make([]byte, spec.KeySize), make([]byte, spec.ValueSize)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		pin := filepath.Join(newDatapath(opts).dir, name)
+		if err := errors.Join(os.Remove(pin), m.Pin(pin)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if got, err := Errors(opts); len(got) > 0 || err != nil {
+		t.Errorf("errors: %v, %v; want none that can be told", got, err)
+	}
+	d := newDatapath(opts)
+	defer d.closeFDs()
+	netns, _ := linksOf(t, opts, p)
+	if id, err := d.stampIn(netns, p.NetnsCookie(t)); !errors.Is(err, errForeignSlots) {
+		t.Errorf("stamp: %d, %v; want %v", id, err, errForeignSlots)
+	}
+	if err := Check(t.Context(), opts, podID(p)); err != nil {
+		t.Error(err)
+	}
+	mustRemove(t, opts, p)
+	nothingLeft(t, opts)
+}
+
 // flow is a connection that stays.
 type flow struct {
 	dst   netip.AddrPort
