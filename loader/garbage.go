@@ -27,8 +27,11 @@ import (
 func Sweep(ctx context.Context, opts Options) (removed []ID, err error) {
 	d := newDatapath(opts)
 	found, err := d.garbage()
-	if err != nil || found.none() {
+	if err != nil {
 		return nil, err
+	}
+	if found.none() {
+		return nil, found.untold
 	}
 	if d, err = openForRemoval(ctx, opts); err != nil {
 		return nil, err
@@ -38,7 +41,7 @@ func Sweep(ctx context.Context, opts Options) (removed []ID, err error) {
 	if found, err = d.garbage(); err != nil {
 		return nil, err
 	}
-	var errs []error
+	errs := []error{found.untold}
 	for _, r := range found.records {
 		if err := d.undo(r); err != nil {
 			errs = append(errs, err)
@@ -68,6 +71,7 @@ type find struct {
 	folders []string  // likewise, to cgroups; and those without any link
 	users   []string  // second names of records that are gone
 	builds  []string  // whose datapaths no record speaks of, and loads that were not finished
+	untold  error     // of records of which it can't be told; they and what they speak of stay
 }
 
 func (f *find) none() bool {
@@ -100,7 +104,7 @@ func (d *Datapath) garbage() (*find, error) {
 	for _, r := range suspects {
 		dead, err := d.dead(r, len(living[r.CgroupID]) > 0)
 		if err != nil {
-			return nil, err
+			out.untold = errors.Join(out.untold, fmt.Errorf("tell whether the pod of attachment %v lives: %w", r.ID, err))
 		}
 		if dead {
 			out.records = append(out.records, r)
@@ -142,12 +146,15 @@ func (d *Datapath) garbage() (*find, error) {
 		return out, err
 	}
 	users, err := d.users()
+	if err != nil {
+		return nil, err
+	}
 	for _, name := range others {
 		if users[name] == 0 {
 			out.builds = append(out.builds, name)
 		}
 	}
-	return out, err
+	return out, nil
 }
 
 // dead reports whether the pod of a record is gone, whose links to its network
@@ -161,9 +168,6 @@ func (d *Datapath) dead(r *Record, succeeded bool) (bool, error) {
 		}
 	}
 	n, err := r.netns()
-	if errors.Is(err, ErrHostNetns) {
-		return true, nil // a process's path, whose number another has by now
-	}
 	if err != nil {
 		return false, err
 	}

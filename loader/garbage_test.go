@@ -164,6 +164,50 @@ func TestPrivilegedSweep(t *testing.T) {
 		nothingLeft(t, opts)
 	})
 
+	// What a path leads to can't be told, or it leads to what is none of the pod's.
+	t.Run("paths", func(t *testing.T) {
+		opts, w := node(t), testbed.NewWorld(t)
+		untold, host, file := testbed.NewPod(t, testbed.InWorld(w)), testbed.NewPod(t, testbed.InWorld(w)), testbed.NewPod(t, testbed.InWorld(w))
+		plain := filepath.Join(t.TempDir(), "plain")
+		if err := os.WriteFile(plain, nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		d := newDatapath(opts)
+		was := untold.NetnsPath()
+		for p, path := range map[*testbed.Pod]string{untold: plain + "/below", host: "/proc/self/ns/net", file: plain} {
+			mustAttach(t, opts, p, tproxyRules(p))
+			r, err := d.readRecord(podID(p))
+			if err != nil {
+				t.Fatal(err)
+			}
+			r.Netns = path
+			if err := d.writeRecord(r); err != nil {
+				t.Fatal(err)
+			}
+			p.Destroy(t)
+			p.RemoveCgroup(t)
+		}
+		var got []ID
+		testbed.Eventually(t, "two of three go", func() bool {
+			more, err := Sweep(t.Context(), opts)
+			got = append(got, more...)
+			return errors.Is(err, unix.ENOTDIR) && len(got) >= 2
+		})
+		if len(got) != 2 || slices.Contains(got, podID(untold)) || !Attached(opts, podID(untold)) {
+			t.Errorf("removed: %v, want all but %v", got, podID(untold))
+		}
+		r, err := d.readRecord(podID(untold))
+		if err != nil {
+			t.Fatal(err)
+		}
+		r.Netns = was
+		if err := d.writeRecord(r); err != nil {
+			t.Fatal(err)
+		}
+		sweptUntil(t, opts, podID(untold))
+		nothingLeft(t, opts)
+	})
+
 	t.Run("records lost", func(t *testing.T) {
 		opts, w := node(t), testbed.NewWorld(t)
 		live, dead := testbed.NewPod(t, testbed.InWorld(w)), testbed.NewPod(t, testbed.InWorld(w))

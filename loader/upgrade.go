@@ -574,7 +574,7 @@ func (d *Datapath) replaceFilters(r *Record) error {
 	if err != nil {
 		return err
 	}
-	n, err := recordedNetns(r)
+	n, err := r.netns()
 	if err != nil {
 		return err
 	}
