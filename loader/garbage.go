@@ -97,7 +97,7 @@ func (d *Datapath) garbage() (*find, error) {
 			return nil, err
 		case end == gone:
 			suspects = append(suspects, r)
-		default:
+		case end == lives:
 			living[r.CgroupID] = append(living[r.CgroupID], r.Cookie)
 		}
 	}
