@@ -230,9 +230,12 @@ func replace(path string, data []byte) error {
 	if err != nil {
 		return &fs.PathError{Op: "open", Path: next, Err: err}
 	}
-	_, err = unix.Write(f, data)
+	n, err := unix.Write(f, data)
+	if err == nil && n != len(data) {
+		err = unix.ENOSPC // the next call would have said it
+	}
 	if err := errors.Join(err, unix.Close(f)); err != nil {
-		return &fs.PathError{Op: "write", Path: next, Err: err}
+		return errors.Join(&fs.PathError{Op: "write", Path: next, Err: err}, os.Remove(next))
 	}
 	if err := unix.Rename(next, path); err != nil {
 		return &fs.PathError{Op: "rename to", Path: path, Err: err}
