@@ -204,7 +204,11 @@ func (d *Datapath) settle(others []string) error {
 		if r.Build != own || r.Epoch != epoch || d.checkLinks(r) == nil {
 			continue
 		}
-		if err := d.move(r); err != nil {
+		err := d.move(r)
+		if errors.Is(err, errFiltersAway) && d.checkLinks(r.withoutFilters()) == nil {
+			continue // all that can be seen from here is ours
+		}
+		if err != nil {
 			d.opts.Log.Warn("a pod has programs of two builds, which work together", "attachment", r.ID.String(), "error", err)
 		}
 	}
@@ -563,6 +567,15 @@ func (d *Datapath) linkNew(r *Record) error {
 	return nil
 }
 
+var errFiltersAway = errors.New("its TC filters can't be replaced from here")
+
+// withoutFilters is the record of a pod that has links alone.
+func (r *Record) withoutFilters() *Record {
+	links := *r
+	links.Interfaces = slices.DeleteFunc(slices.Clone(r.Interfaces), func(i TCInterface) bool { return i.Filter })
+	return &links
+}
+
 // replaceFilters replaces the TC program where it is a filter. That needs the pod's
 // network namespace, which not every process can enter.
 func (d *Datapath) replaceFilters(r *Record) error {
@@ -579,7 +592,7 @@ func (d *Datapath) replaceFilters(r *Record) error {
 		return err
 	}
 	if n == nil {
-		return fmt.Errorf("its TC filters can't be replaced from here: its network namespace is not at %s", r.Netns)
+		return fmt.Errorf("%w: its network namespace is not at %s", errFiltersAway, r.Netns)
 	}
 	defer n.Close()
 	filters, err := openFilters(n)

@@ -5,6 +5,7 @@
 package loader
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -542,6 +543,71 @@ func TestPrivilegedLargerMaps(t *testing.T) {
 	}
 	mustRemove(t, opts, p)
 	nothingLeft(t, opts)
+}
+
+// Where nobody can look at a pod's TC filters, as in a container, nothing is said of them
+// as long as its links are in order.
+func TestPrivilegedSettleWithoutNetns(t *testing.T) {
+	testbed.Privileged(t)
+	testbed.NoLeaks(t)
+	var out bytes.Buffer
+	opts, w := node(t), testbed.NewWorld(t)
+	opts.NoTCX = true
+	p, other := testbed.NewPod(t, testbed.InWorld(w)), testbed.NewPod(t, testbed.InWorld(w))
+	next := another(opts, "next", nil)
+	rename := func(p *testbed.Pod, path string) {
+		t.Helper()
+		d := newDatapath(opts)
+		r, err := d.readRecord(podID(p))
+		if err != nil {
+			t.Fatal(err)
+		}
+		r.Netns = path
+		if err := d.writeRecord(r); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, p := range []*testbed.Pod{p, other} {
+		if err := attachWith(t.Context(), opts, p, testRules(p), TC); err != nil {
+			t.Fatal(err)
+		}
+	}
+	rename(other, "/none")
+	got, err := Upgrade(t.Context(), next)
+	if err != nil || !slices.Equal(got.Moved, []ID{podID(p)}) || len(got.Kept) != 1 || !errors.Is(got.Kept[0].Why, errFiltersAway) {
+		t.Fatalf("upgrade: %+v, %v; want one moved, and one whose filters can't be reached", got, err)
+	}
+	rename(p, "/none")
+	next.Log = slog.New(slog.NewTextHandler(&out, nil))
+	for range 2 {
+		if _, err := Upgrade(t.Context(), next); err != nil {
+			t.Error(err)
+		}
+	}
+	if out.Len() > 0 {
+		t.Errorf("it says %q", &out)
+	}
+	// One link of another build is said.
+	d := newDatapath(opts)
+	defer d.closeFDs()
+	prog, err := d.object(bpf.ShuntProgShuntSkLookup)
+	if err != nil {
+		t.Fatal(err)
+	}
+	netns, _ := linksOf(t, opts, p)
+	if err := replaceAt(filepath.Join(netns, skLookupLink), prog); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := Upgrade(t.Context(), next); err != nil || !strings.Contains(out.String(), podID(p).String()) {
+		t.Errorf("%v; it says %q, want %v", err, &out, podID(p))
+	}
+	rename(p, p.NetnsPath())
+	rename(other, other.NetnsPath())
+	mustUpgrade(t, next, 1)
+	runs(t, next, p, false)
+	mustRemove(t, next, p)
+	mustRemove(t, next, other)
+	nothingLeft(t, next)
 }
 
 // flow is a connection that stays.
