@@ -5,6 +5,7 @@
 package loader
 
 import (
+	"context"
 	"errors"
 	"os"
 	"path/filepath"
@@ -264,6 +265,49 @@ func TestPrivilegedSweep(t *testing.T) {
 		if err := Check(t.Context(), opts, podID(p)); err != nil {
 			t.Error(err)
 		}
+		mustRemove(t, opts, p)
+		nothingLeft(t, opts)
+	})
+
+	t.Run("more than is removed at once", func(t *testing.T) {
+		opts, p := node(t), testbed.NewPod(t)
+		mustAttach(t, opts, p, testRules(p))
+		var left []string
+		for i := range sweepAtOnce {
+			for _, kind := range []string{netnsLinks, cgroupLinks} {
+				left = append(left, filepath.Join(opts.BPFDir, kind, strconv.Itoa(1<<40+i)))
+			}
+		}
+		for _, dir := range left {
+			if err := os.Mkdir(dir, 0o700); err != nil {
+				t.Fatal(err)
+			}
+		}
+		// What can't be removed does not keep others from it.
+		stuck := left[0]
+		if err := os.MkdirAll(filepath.Join(stuck, stampPath("", 7), "within"), 0o700); err != nil {
+			t.Fatal(err)
+		}
+		gone := func() (n int) {
+			for _, dir := range left {
+				if _, err := os.Lstat(dir); os.IsNotExist(err) {
+					n++
+				}
+			}
+			return n
+		}
+		ended, cancel := context.WithCancel(t.Context())
+		cancel()
+		if got, err := Sweep(ended, opts); !errors.Is(err, context.Canceled) || len(got) > 0 || gone() > 0 {
+			t.Errorf("sweep that was ended: %v, %v; %d folders are gone", got, err, gone())
+		}
+		if got, err := Sweep(t.Context(), opts); err == nil || len(got) > 0 || gone() != len(left)-1 {
+			t.Errorf("sweep: %v, %v; %d folders of %d are gone, want all but %s", got, err, gone(), len(left), stuck)
+		}
+		if err := os.RemoveAll(filepath.Join(stuck, stampPath("", 7))); err != nil {
+			t.Fatal(err)
+		}
+		keeps(t, opts, p)
 		mustRemove(t, opts, p)
 		nothingLeft(t, opts)
 	})

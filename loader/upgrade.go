@@ -361,6 +361,9 @@ func Upgrade(ctx context.Context, opts Options) (*Upgraded, error) {
 		if r.Build == opts.build().dir {
 			continue
 		}
+		if ctx.Err() != nil {
+			return out, errors.Join(append(errs, fmt.Errorf("upgrade: %w", context.Cause(ctx)))...)
+		}
 		moved, why, err := upgradeOne(ctx, opts, r.ID)
 		switch {
 		case err != nil:
