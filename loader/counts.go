@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"path/filepath"
+	"unsafe"
 
 	"github.com/cilium/ebpf"
 	"golang.org/x/sys/unix"
@@ -85,8 +86,9 @@ func (e ErrorCount) String() string {
 	return fmt.Sprintf("%s (%v, %d times)", e.Text(), e.Errno, e.Count)
 }
 
-// Errors reads what the programs of a node have counted. The kernel forgets what
-// was counted least recently. Nothing is held: counts go on meanwhile.
+// Errors reads what the programs of a node have counted, those of other builds too,
+// unless they count otherwise. The kernel forgets what was counted least recently.
+// Nothing is held: counts go on meanwhile.
 func Errors(opts Options) (out []ErrorCount, err error) {
 	paths, err := filepath.Glob(filepath.Join(opts.BPFDir, "datapath-*", bpf.ShuntMapErrors))
 	if err != nil {
@@ -122,6 +124,9 @@ func readErrors(path string, seen map[ebpf.MapID]bool) (out []ErrorCount, err er
 	}
 	var key bpf.ShuntErrorKey
 	var count uint64
+	if uintptr(m.KeySize()) != unsafe.Sizeof(key) || uintptr(m.ValueSize()) != unsafe.Sizeof(count) {
+		return nil, nil // that build's own tools can read it
+	}
 	it := m.Iterate()
 	for it.Next(&key, &count) {
 		out = append(out, ErrorCount{key.Cookie, bpf.ShuntPlace(key.Place), unix.Errno(key.Error), count})

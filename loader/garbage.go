@@ -7,8 +7,10 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 
 	"shunt.dev/shunt/bpf"
@@ -20,43 +22,71 @@ import (
 // it is attached to nothing. That can be seen from any container, by the cookie that
 // the links are filed under, and no path or name has to be believed.
 
+// sweepAtOnce is how many things are removed before others may have the node's lock: a
+// pod that is about to start waits for no more.
+const sweepAtOnce = 32
+
 // Sweep removes what is left of pods that are gone, and the datapaths of other
 // builds that none uses any more. It removes nothing of a pod of which anything says
 // that it lives, and nothing where nothing can be told. It holds the node's lock
-// only where it has found something.
+// only where it has found something, and for a few things at a time.
 func Sweep(ctx context.Context, opts Options) (removed []ID, err error) {
-	d := newDatapath(opts)
-	found, err := d.garbage()
-	if err != nil || found.none() {
-		return nil, err
+	tried := map[string]bool{}
+	var errs []error
+	for {
+		found, err := newDatapath(opts).garbage()
+		if err != nil {
+			return removed, errors.Join(append(errs, err)...)
+		}
+		before := len(tried)
+		if found.next(maps.Clone(tried)) > 0 {
+			some, err := sweepSome(ctx, opts, tried)
+			removed, errs = append(removed, some...), append(errs, err)
+		}
+		if len(tried) == before || ctx.Err() != nil {
+			return removed, errors.Join(append(errs, found.untold, context.Cause(ctx))...)
+		}
 	}
-	if d, err = openForRemoval(ctx, opts); err != nil {
+}
+
+// sweepSome removes some of what has not been tried, and notes it as tried.
+func sweepSome(ctx context.Context, opts Options, tried map[string]bool) (removed []ID, err error) {
+	d, err := openForRemoval(ctx, opts)
+	if err != nil {
 		return nil, err
 	}
 	defer d.Close()
 	// Another process may have been at work.
-	if found, err = d.garbage(); err != nil {
+	found, err := d.garbage()
+	if err != nil {
 		return nil, err
 	}
+	found.next(tried)
 	var errs []error
-	for _, r := range found.records {
-		if err := d.undo(r); err != nil {
-			errs = append(errs, err)
-			continue
+	try := func(remove func() error) (ok bool) {
+		if ctx.Err() != nil {
+			return false // the sweep says so
 		}
-		removed = append(removed, r.ID)
+		err := remove()
+		errs = append(errs, err)
+		return err == nil
+	}
+	for _, r := range found.records {
+		if try(func() error { return d.undo(r) }) {
+			removed = append(removed, r.ID)
+		}
 	}
 	for _, dir := range found.netns {
-		errs = append(errs, d.removeOrphan(dir))
+		try(func() error { return d.removeOrphan(dir) })
 	}
 	for _, dir := range found.folders {
-		errs = append(errs, removeAll(dir))
+		try(func() error { return removeAll(dir) })
 	}
 	for _, path := range found.users {
-		errs = append(errs, os.Remove(path))
+		try(func() error { return os.Remove(path) })
 	}
 	if len(found.builds) > 0 {
-		errs = append(errs, d.removeUnused())
+		try(d.removeUnused)
 	}
 	return removed, errors.Join(errs...)
 }
@@ -68,10 +98,25 @@ type find struct {
 	folders []string  // likewise, to cgroups; and those without any link
 	users   []string  // second names of records that are gone
 	builds  []string  // whose datapaths no record speaks of, and loads that were not finished
+	untold  error     // of records of which it can't be told; they and what they speak of stay
 }
 
-func (f *find) none() bool {
-	return len(f.records)+len(f.netns)+len(f.folders)+len(f.users)+len(f.builds) == 0
+// next leaves in f what has not been tried, sweepAtOnce of it at most, and notes it as
+// tried. It says how much that is.
+func (f *find) next(tried map[string]bool) (n int) {
+	done := func(name string) bool {
+		if tried[name] || n == sweepAtOnce {
+			return true
+		}
+		tried[name] = true
+		n++
+		return false
+	}
+	f.records = slices.DeleteFunc(f.records, func(r *Record) bool { return done(r.ID.String()) })
+	for _, list := range []*[]string{&f.netns, &f.folders, &f.users, &f.builds} {
+		*list = slices.DeleteFunc(*list, done)
+	}
+	return n
 }
 
 // garbage looks for what nobody needs. Where a record can't be read it finds nothing:
@@ -93,14 +138,14 @@ func (d *Datapath) garbage() (*find, error) {
 			return nil, err
 		case end == gone:
 			suspects = append(suspects, r)
-		default:
+		case end == lives:
 			living[r.CgroupID] = append(living[r.CgroupID], r.Cookie)
 		}
 	}
 	for _, r := range suspects {
 		dead, err := d.dead(r, len(living[r.CgroupID]) > 0)
 		if err != nil {
-			return nil, err
+			out.untold = errors.Join(out.untold, fmt.Errorf("tell whether the pod of attachment %v lives: %w", r.ID, err))
 		}
 		if dead {
 			out.records = append(out.records, r)
@@ -142,12 +187,15 @@ func (d *Datapath) garbage() (*find, error) {
 		return out, err
 	}
 	users, err := d.users()
+	if err != nil {
+		return nil, err
+	}
 	for _, name := range others {
 		if users[name] == 0 {
 			out.builds = append(out.builds, name)
 		}
 	}
-	return out, err
+	return out, nil
 }
 
 // dead reports whether the pod of a record is gone, whose links to its network
@@ -161,9 +209,6 @@ func (d *Datapath) dead(r *Record, succeeded bool) (bool, error) {
 		}
 	}
 	n, err := r.netns()
-	if errors.Is(err, ErrHostNetns) {
-		return true, nil // a process's path, whose number another has by now
-	}
 	if err != nil {
 		return false, err
 	}

@@ -5,6 +5,7 @@
 package loader
 
 import (
+	"context"
 	"errors"
 	"os"
 	"path/filepath"
@@ -164,6 +165,50 @@ func TestPrivilegedSweep(t *testing.T) {
 		nothingLeft(t, opts)
 	})
 
+	// What a path leads to can't be told, or it leads to what is none of the pod's.
+	t.Run("paths", func(t *testing.T) {
+		opts, w := node(t), testbed.NewWorld(t)
+		untold, host, file := testbed.NewPod(t, testbed.InWorld(w)), testbed.NewPod(t, testbed.InWorld(w)), testbed.NewPod(t, testbed.InWorld(w))
+		plain := filepath.Join(t.TempDir(), "plain")
+		if err := os.WriteFile(plain, nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		d := newDatapath(opts)
+		was := untold.NetnsPath()
+		for p, path := range map[*testbed.Pod]string{untold: plain + "/below", host: "/proc/self/ns/net", file: plain} {
+			mustAttach(t, opts, p, tproxyRules(p))
+			r, err := d.readRecord(podID(p))
+			if err != nil {
+				t.Fatal(err)
+			}
+			r.Netns = path
+			if err := d.writeRecord(r); err != nil {
+				t.Fatal(err)
+			}
+			p.Destroy(t)
+			p.RemoveCgroup(t)
+		}
+		var got []ID
+		testbed.Eventually(t, "two of three go", func() bool {
+			more, err := Sweep(t.Context(), opts)
+			got = append(got, more...)
+			return errors.Is(err, unix.ENOTDIR) && len(got) >= 2
+		})
+		if len(got) != 2 || slices.Contains(got, podID(untold)) || !Attached(opts, podID(untold)) {
+			t.Errorf("removed: %v, want all but %v", got, podID(untold))
+		}
+		r, err := d.readRecord(podID(untold))
+		if err != nil {
+			t.Fatal(err)
+		}
+		r.Netns = was
+		if err := d.writeRecord(r); err != nil {
+			t.Fatal(err)
+		}
+		sweptUntil(t, opts, podID(untold))
+		nothingLeft(t, opts)
+	})
+
 	t.Run("records lost", func(t *testing.T) {
 		opts, w := node(t), testbed.NewWorld(t)
 		live, dead := testbed.NewPod(t, testbed.InWorld(w)), testbed.NewPod(t, testbed.InWorld(w))
@@ -220,6 +265,49 @@ func TestPrivilegedSweep(t *testing.T) {
 		if err := Check(t.Context(), opts, podID(p)); err != nil {
 			t.Error(err)
 		}
+		mustRemove(t, opts, p)
+		nothingLeft(t, opts)
+	})
+
+	t.Run("more than is removed at once", func(t *testing.T) {
+		opts, p := node(t), testbed.NewPod(t)
+		mustAttach(t, opts, p, testRules(p))
+		var left []string
+		for i := range sweepAtOnce {
+			for _, kind := range []string{netnsLinks, cgroupLinks} {
+				left = append(left, filepath.Join(opts.BPFDir, kind, strconv.Itoa(1<<40+i)))
+			}
+		}
+		for _, dir := range left {
+			if err := os.Mkdir(dir, 0o700); err != nil {
+				t.Fatal(err)
+			}
+		}
+		// What can't be removed does not keep others from it.
+		stuck := left[0]
+		if err := os.MkdirAll(filepath.Join(stuck, stampPath("", 7), "within"), 0o700); err != nil {
+			t.Fatal(err)
+		}
+		gone := func() (n int) {
+			for _, dir := range left {
+				if _, err := os.Lstat(dir); os.IsNotExist(err) {
+					n++
+				}
+			}
+			return n
+		}
+		ended, cancel := context.WithCancel(t.Context())
+		cancel()
+		if got, err := Sweep(ended, opts); !errors.Is(err, context.Canceled) || len(got) > 0 || gone() > 0 {
+			t.Errorf("sweep that was ended: %v, %v; %d folders are gone", got, err, gone())
+		}
+		if got, err := Sweep(t.Context(), opts); err == nil || len(got) > 0 || gone() != len(left)-1 {
+			t.Errorf("sweep: %v, %v; %d folders of %d are gone, want all but %s", got, err, gone(), len(left), stuck)
+		}
+		if err := os.RemoveAll(filepath.Join(stuck, stampPath("", 7))); err != nil {
+			t.Fatal(err)
+		}
+		keeps(t, opts, p)
 		mustRemove(t, opts, p)
 		nothingLeft(t, opts)
 	})

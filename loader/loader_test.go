@@ -93,6 +93,34 @@ func mustRemove(t testing.TB, opts Options, p *testbed.Pod) {
 	}
 }
 
+// On a file system that is full, what was there before stays, and nothing of what did
+// not fit.
+func TestPrivilegedReplaceOnFull(t *testing.T) {
+	testbed.Privileged(t)
+	dir := t.TempDir()
+	if err := unix.Mount("shunt-test", dir, "tmpfs", 0, "size=16k"); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := unix.Unmount(dir, 0); err != nil {
+			t.Error(err)
+		}
+	})
+	path := filepath.Join(dir, "record")
+	if err := replace(path, []byte("before")); err != nil {
+		t.Fatal(err)
+	}
+	if err := replace(path, make([]byte, 64<<10)); !errors.Is(err, unix.ENOSPC) {
+		t.Errorf("replace: %v, want %v", err, unix.ENOSPC)
+	}
+	if got, err := os.ReadFile(path); string(got) != "before" {
+		t.Errorf("%d bytes, %v; want what was there before", len(got), err)
+	}
+	if left, err := os.ReadDir(dir); len(left) != 1 {
+		t.Errorf("left: %v, %v; want the file alone", left, err)
+	}
+}
+
 // entries counts the entries of a pinned map.
 func entries(t testing.TB, opts Options, name string) (n int) {
 	t.Helper()

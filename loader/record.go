@@ -230,9 +230,12 @@ func replace(path string, data []byte) error {
 	if err != nil {
 		return &fs.PathError{Op: "open", Path: next, Err: err}
 	}
-	_, err = unix.Write(f, data)
+	n, err := unix.Write(f, data)
+	if err == nil && n != len(data) {
+		err = unix.ENOSPC // the next call would have said it
+	}
 	if err := errors.Join(err, unix.Close(f)); err != nil {
-		return &fs.PathError{Op: "write", Path: next, Err: err}
+		return errors.Join(&fs.PathError{Op: "write", Path: next, Err: err}, os.Remove(next))
 	}
 	if err := unix.Rename(next, path); err != nil {
 		return &fs.PathError{Op: "rename to", Path: path, Err: err}
@@ -286,29 +289,53 @@ func (d *Datapath) userPath(r *Record) string {
 // others reports whether other attachments use the links of r's network
 // namespace, and those of its cgroup.
 func (d *Datapath) others(r *Record) (netns, cgroup bool, err error) {
+	err = d.eachSharer(r, func(_ string, sameNetns, sameCgroup bool) error {
+		netns, cgroup = netns || sameNetns, cgroup || sameCgroup
+		return nil
+	})
+	return netns, cgroup, err
+}
+
+// sharers gives the records of the attachments that use a link which r's does.
+func (d *Datapath) sharers(r *Record) (out []*Record, err error) {
+	err = d.eachSharer(r, func(id string, _, _ bool) error {
+		o, err := readRecordFile(filepath.Join(d.opts.RunDir, recordsDir, id+".json"))
+		if err != nil || o == nil || o.Cookie != r.Cookie && o.CgroupID != r.CgroupID {
+			return err // the name is an earlier record's
+		}
+		out = append(out, o)
+		return nil
+	})
+	return out, err
+}
+
+// eachSharer calls fn with the other attachments that share r's network namespace or
+// cgroup, by the second names of their records.
+func (d *Datapath) eachSharer(r *Record, fn func(id string, netns, cgroup bool) error) error {
 	dir, err := os.Open(filepath.Join(d.opts.RunDir, usersDir))
 	if errors.Is(err, fs.ErrNotExist) {
-		return false, false, nil
+		return nil
 	}
 	if err != nil {
-		return false, false, err
+		return err
 	}
 	defer dir.Close()
 	names, err := dir.Readdirnames(-1)
 	if err != nil {
-		return false, false, err
+		return err
 	}
 	own, cookie, group := r.ID.String(), strconv.FormatUint(r.Cookie, 10), strconv.FormatUint(r.CgroupID, 10)
 	for _, name := range names {
 		c, rest, _ := strings.Cut(name, ".")
 		g, id, _ := strings.Cut(rest, ".")
-		if id == own {
+		if id == own || c != cookie && g != group {
 			continue
 		}
-		netns = netns || c == cookie
-		cgroup = cgroup || g == group
+		if err := fn(id, c == cookie, g == group); err != nil {
+			return err
+		}
 	}
-	return netns, cgroup, nil
+	return nil
 }
 
 // epochLink is a symbolic link in a datapath's directory that leads nowhere: its

@@ -226,7 +226,10 @@ func (d *Datapath) returnStamps(dir string) error {
 			return err
 		}
 		slot, none := uint32(n), uint64(0)
-		slots, err := d.object(bpf.ShuntMapSlots)
+		slots, err := d.slots()
+		if errors.Is(err, errForeignSlots) {
+			return nil // the program goes with its pin
+		}
 		if err != nil {
 			return err
 		}
@@ -238,13 +241,13 @@ func (d *Datapath) returnStamps(dir string) error {
 }
 
 // stampIn returns the id of the program that stamps with cookie in the pod's
-// folder; 0 if there is none.
+// folder; 0 if there is none. It fails with errForeignSlots where that can't be told.
 func (d *Datapath) stampIn(dir string, cookie uint64) (id uint32, err error) {
 	slot, err := d.ownStamp(dir)
 	if err != nil || slot == 0 {
 		return 0, err
 	}
-	slots, err := d.object(bpf.ShuntMapSlots)
+	slots, err := d.slots()
 	if err != nil {
 		return 0, err
 	}
@@ -262,6 +265,26 @@ func (d *Datapath) stampIn(dir string, cookie uint64) (id uint32, err error) {
 		return 0, err
 	}
 	return pi.id, nil
+}
+
+// errForeignSlots: what a stamp program stamps with can't be told.
+var errForeignSlots = errors.New("the slots of the stamp programs are laid out otherwise")
+
+// slots opens the map of the datapath's stamp programs, which may be another build's:
+// a value that is larger than we know would be written beyond its place.
+func (d *Datapath) slots() (fd, error) {
+	slots, err := d.object(bpf.ShuntMapSlots)
+	if err != nil {
+		return -1, err
+	}
+	mi, err := info[mapInfo](slots)
+	if err != nil {
+		return -1, err
+	}
+	if mi.keySize != 4 || mi.valueSize != cookieSize {
+		return -1, fmt.Errorf("%w: keys of %d bytes and values of %d, want 4 and %d", errForeignSlots, mi.keySize, mi.valueSize, cookieSize)
+	}
+	return slots, nil
 }
 
 // eachName calls fn with the names in a folder that may not be there.

@@ -70,6 +70,7 @@ func (s *surveyor) lookHooks(st *Status, b *loaded) (alive bool) {
 
 	dir = b.netnsLinks(r.Cookie)
 	stamp, err := b.stampIn(dir, r.Cookie)
+	untold := errors.Is(err, errForeignSlots)
 	if err != nil {
 		stamp = 0 // its map or its pin is gone
 	}
@@ -80,6 +81,9 @@ func (s *surveyor) lookHooks(st *Status, b *loaded) (alive bool) {
 	}{{stampLink, stamp}, {skLookupLink, b.ids[bpf.ShuntProgShuntSkLookup]}} {
 		li, hook := s.lookLink(filepath.Join(dir, x.name), x.name, x.want, "the pod's network namespace")
 		if li != nil {
+			if x.name == stampLink && untold {
+				hook.State, hook.Text = HookUnknown, fmt.Sprintf("whether the stamp is the pod's own could not be told: %v", err)
+			}
 			ids[x.name] = li.id
 			if ino, _ := li.netnsTarget(); ino == r.NetnsIno {
 				alive = true
@@ -254,7 +258,10 @@ func (s *surveyor) lookCloser(st *Status, b *loaded) error {
 		return err
 	}
 	defer n.Close()
-	stamp, _ := b.stampIn(b.netnsLinks(r.Cookie), r.Cookie) // lookHooks has said it
+	stamp, err := b.stampIn(b.netnsLinks(r.Cookie), r.Cookie)
+	if errors.Is(err, errForeignSlots) {
+		return nil // lookHooks has said it, as it has any other error
+	}
 	skLookup := b.ids[bpf.ShuntProgShuntSkLookup]
 	if err := s.strangers(st, n.fd, ebpf.AttachSkLookup, "sk_lookup", stamp, skLookup); err != nil || r.InboundHook != TC {
 		return err

@@ -266,7 +266,7 @@ func (d *Datapath) wrongTC(r *Record) (wrong []string, err error) {
 		case !i.Filter:
 			good, err = linkIsGood(tcLinkPath(d.netnsLinks(r.Cookie), i), prog, onInterface(i))
 		case filters == nil:
-			if n, err = recordedNetns(r); err != nil || n == nil {
+			if n, err = r.netns(); err != nil || n == nil {
 				return []string{fmt.Sprintf("the pod's network namespace is not at %s any more", r.Netns)}, err
 			}
 			defer n.Close()
@@ -286,22 +286,6 @@ func (d *Datapath) wrongTC(r *Record) (wrong []string, err error) {
 		}
 	}
 	return wrong, nil
-}
-
-// recordedNetns opens the namespace at the record's path; nil if it is another by
-// now, or none.
-func recordedNetns(r *Record) (*Netns, error) {
-	n, err := OpenNetns(r.Netns)
-	switch {
-	case errors.Is(err, fs.ErrNotExist), errors.Is(err, unix.EINVAL), errors.Is(err, ErrHostNetns):
-		return nil, nil // EINVAL: the file is left, and nothing is mounted there
-	case err != nil:
-		return nil, err
-	case n.Cookie != r.Cookie:
-		n.Close()
-		return nil, nil
-	}
-	return n, nil
 }
 
 // tcFilters adds and removes our filter in a network namespace.
@@ -393,7 +377,7 @@ func (f *tcFilters) add(i TCInterface, prog fd) error {
 }
 
 func removeFilters(r *Record, interfaces []TCInterface) error {
-	n, err := recordedNetns(r)
+	n, err := r.netns()
 	if err != nil || n == nil {
 		return err
 	}

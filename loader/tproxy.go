@@ -107,12 +107,13 @@ func (d *Datapath) dropTProxy(r *Record, n *Netns) error {
 	return d.writeRecord(r)
 }
 
-// netns opens the record's network namespace; nil where it is gone, and another
-// may have its path.
+// netns opens the record's network namespace; nil where its path does not lead to it:
+// nothing is there or mounted there, or another namespace. That may be the host's, if
+// the path is a process's whose number another has by now.
 func (r *Record) netns() (*Netns, error) {
 	n, err := OpenNetns(r.Netns)
 	switch {
-	case errors.Is(err, fs.ErrNotExist), errors.Is(err, errNotNamespace):
+	case errors.Is(err, fs.ErrNotExist), errors.Is(err, errNotNamespace), errors.Is(err, ErrHostNetns):
 		return nil, nil
 	case err != nil:
 		return nil, err

@@ -204,7 +204,11 @@ func (d *Datapath) settle(others []string) error {
 		if r.Build != own || r.Epoch != epoch || d.checkLinks(r) == nil {
 			continue
 		}
-		if err := d.move(r); err != nil {
+		err := d.move(r)
+		if errors.Is(err, errFiltersAway) && d.checkLinks(r.withoutFilters()) == nil {
+			continue // all that can be seen from here is ours
+		}
+		if err != nil {
 			d.opts.Log.Warn("a pod has programs of two builds, which work together", "attachment", r.ID.String(), "error", err)
 		}
 	}
@@ -264,9 +268,10 @@ func (h *heritage) close() {
 }
 
 // inherit finds the datapath whose maps the one that is about to be loaded can go
-// on with: of several, the one that most pods use. Without one all is new.
-func (d *Datapath) inherit() (h *heritage, err error) {
-	h = &heritage{epoch: newEpoch(), maps: map[string]*ebpf.Map{}}
+// on with: of several, the one that most pods use. Without one all is new. With an
+// error there is nothing to close.
+func (d *Datapath) inherit() (*heritage, error) {
+	h := &heritage{epoch: newEpoch(), maps: map[string]*ebpf.Map{}}
 	others, err := otherBuilds(d.opts)
 	if err != nil || len(others) == 0 {
 		return h, err
@@ -296,21 +301,24 @@ func (d *Datapath) inherit() (h *heritage, err error) {
 	if err != nil || epoch == "" {
 		return h, err
 	}
-	defer func() {
-		if err != nil {
-			h.close()
-		}
-	}()
 	for name, digest := range own {
 		if name == stampLayout || alike[name] != digest {
 			continue
 		}
 		m, err := ebpf.LoadPinnedMap(filepath.Join(d.opts.BPFDir, best, name), nil)
 		if errors.Is(err, fs.ErrNotExist) {
-			continue // what only the TC program needs is not pinned
+			if !slices.Contains(needed, name) {
+				continue // what only the TC program needs is not pinned
+			}
+			// Moved to a map of the same name that is empty, a pod would be none of ours.
+			d.opts.Log.Warn("pods use another build's datapath, of which a map is gone: they keep its programs until they end",
+				"other", best, "map", name)
+			h.close()
+			return &heritage{epoch: newEpoch()}, nil
 		}
 		if err != nil {
-			return nil, err
+			h.close()
+			return nil, fmt.Errorf("take over the maps of %s: %w", best, err)
 		}
 		h.maps[name] = m
 	}
@@ -334,7 +342,7 @@ type Kept struct {
 }
 
 // errLayout is why a pod keeps its programs for as long as it lives.
-var errLayout = fmt.Errorf("%w, whose maps are laid out otherwise than this one's: it keeps them until it ends", ErrOtherBuild)
+var errLayout = fmt.Errorf("%w, whose maps this one has not: it keeps them until it ends", ErrOtherBuild)
 
 // Upgrade has this build's programs redirect every pod of the node, where another
 // build's do so far: later or earlier, it is the same. No connection fails or is
@@ -352,6 +360,9 @@ func Upgrade(ctx context.Context, opts Options) (*Upgraded, error) {
 	for _, r := range records {
 		if r.Build == opts.build().dir {
 			continue
+		}
+		if ctx.Err() != nil {
+			return out, errors.Join(append(errs, fmt.Errorf("upgrade: %w", context.Cause(ctx)))...)
 		}
 		moved, why, err := upgradeOne(ctx, opts, r.ID)
 		switch {
@@ -405,8 +416,23 @@ func (d *Datapath) move(r *Record) error {
 	if own != r.Epoch {
 		return errLayout
 	}
-	if unknown := r.Rules.Flags &^ d.opts.build().flags; unknown != 0 {
-		return fmt.Errorf("%w: the pod was set up with what this build has not (flags %#x)", ErrOtherBuild, uint32(unknown))
+	if err := d.knows(r); err != nil {
+		return err
+	}
+	end, err := ends(d.netnsLinks(r.Cookie))
+	if err != nil {
+		return err
+	}
+	if end == gone {
+		// The cgroup's links are another sandbox's by now, and go with its record. The
+		// stamp program is the next pod's.
+		if err := d.replaceStamp(r); err != nil {
+			return err
+		}
+		return d.rename(r)
+	}
+	if err := d.meetSharers(r); err != nil {
+		return err
 	}
 	if err := d.linkNew(r); err != nil {
 		return err
@@ -421,6 +447,39 @@ func (d *Datapath) move(r *Record) error {
 		return err
 	}
 	return d.rename(r)
+}
+
+// knows fails where a pod was set up with what this build's programs have not.
+func (d *Datapath) knows(r *Record) error {
+	if unknown := r.Rules.Flags &^ d.opts.build().flags; unknown != 0 {
+		return fmt.Errorf("%w: the pod was set up with what this build has not (flags %#x)", ErrOtherBuild, uint32(unknown))
+	}
+	return nil
+}
+
+// meetSharers fails where a link that r's attachment has serves another one too, which
+// this build's programs can't serve.
+func (d *Datapath) meetSharers(r *Record) error {
+	others, err := d.sharers(r)
+	if err != nil {
+		return err
+	}
+	for _, o := range others {
+		end, err := ends(d.netnsLinks(o.Cookie))
+		if err != nil {
+			return err
+		}
+		if end == gone {
+			continue
+		}
+		if err = d.knows(o); o.Epoch != r.Epoch {
+			err = errLayout
+		}
+		if err != nil {
+			return fmt.Errorf("attachment %v has the same links: %w", o.ID, err)
+		}
+	}
+	return nil
 }
 
 // replaceProgram has a pinned link run another program, if its target is the right
@@ -511,6 +570,15 @@ func (d *Datapath) linkNew(r *Record) error {
 	return nil
 }
 
+var errFiltersAway = errors.New("its TC filters can't be replaced from here")
+
+// withoutFilters is the record of a pod that has links alone.
+func (r *Record) withoutFilters() *Record {
+	links := *r
+	links.Interfaces = slices.DeleteFunc(slices.Clone(r.Interfaces), func(i TCInterface) bool { return i.Filter })
+	return &links
+}
+
 // replaceFilters replaces the TC program where it is a filter. That needs the pod's
 // network namespace, which not every process can enter.
 func (d *Datapath) replaceFilters(r *Record) error {
@@ -522,12 +590,12 @@ func (d *Datapath) replaceFilters(r *Record) error {
 	if err != nil {
 		return err
 	}
-	n, err := recordedNetns(r)
+	n, err := r.netns()
 	if err != nil {
 		return err
 	}
 	if n == nil {
-		return fmt.Errorf("its TC filters can't be replaced from here: its network namespace is not at %s", r.Netns)
+		return fmt.Errorf("%w: its network namespace is not at %s", errFiltersAway, r.Netns)
 	}
 	defer n.Close()
 	filters, err := openFilters(n)

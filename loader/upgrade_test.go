@@ -5,6 +5,7 @@
 package loader
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -323,6 +324,126 @@ func TestPrivilegedUpgradeOtherLayout(t *testing.T) {
 	}
 }
 
+// A datapath of which a map is gone, by whatever hand, has no heir: its pods keep their
+// programs, which have the map still, and others get new ones.
+func TestPrivilegedUpgradeOfHalf(t *testing.T) {
+	testbed.Privileged(t)
+	testbed.NoLeaks(t)
+	for _, name := range needed {
+		t.Run(name, func(t *testing.T) {
+			opts, w := node(t), testbed.NewWorld(t)
+			old, fresh := testbed.NewPod(t, testbed.InWorld(w)), testbed.NewPod(t, testbed.InWorld(w))
+			mustAttach(t, opts, old, testRules(old))
+			if err := os.Remove(filepath.Join(newDatapath(opts).dir, name)); err != nil {
+				t.Fatal(err)
+			}
+			next := another(opts, "next", nil)
+			got, err := Upgrade(t.Context(), next)
+			if err != nil || len(got.Moved) != 0 || len(got.Kept) != 1 || !errors.Is(got.Kept[0].Why, ErrOtherBuild) {
+				t.Fatalf("upgrade: %+v, %v; want one pod that is kept", got, err)
+			}
+			runs(t, opts, old, false)
+			mustAttach(t, next, fresh, testRules(fresh))
+			mustRemove(t, next, fresh)
+		})
+	}
+}
+
+// A map that can't be opened is an error, and neither a reason to end nor to go on
+// without it.
+func TestPrivilegedInheritFails(t *testing.T) {
+	testbed.Privileged(t)
+	testbed.NoLeaks(t)
+	opts, p := node(t), testbed.NewPod(t)
+	mustAttach(t, opts, p, testRules(p))
+	pin, away := filepath.Join(newDatapath(opts).dir, bpf.ShuntMapErrors), filepath.Join(newDatapath(opts).dir, "away")
+	if err := errors.Join(os.Rename(pin, away), os.Mkdir(pin, 0o700)); err != nil {
+		t.Fatal(err)
+	}
+	next := another(opts, "next", nil)
+	if got, err := Upgrade(t.Context(), next); err == nil {
+		t.Errorf("upgrade: %+v, want an error of %s", got, pin)
+	}
+	if got := datapaths(t, opts); !slices.Equal(got, []string{opts.build().dir}) {
+		t.Errorf("%v are loaded, want %s alone", got, opts.build().dir)
+	}
+	runs(t, opts, p, false)
+	if err := errors.Join(os.Remove(pin), os.Rename(away, pin)); err != nil {
+		t.Fatal(err)
+	}
+	mustUpgrade(t, next, 1)
+	mustRemove(t, next, p)
+	nothingLeft(t, next)
+}
+
+// Two sandboxes of a pod share its cgroup's links, of two builds whose maps differ: the
+// links are those of the later, and no move of the earlier takes them away from it.
+func TestPrivilegedUpgradeSharedCgroup(t *testing.T) {
+	testbed.Privileged(t)
+	testbed.NoLeaks(t)
+	for _, dead := range []bool{true, false} {
+		t.Run(fmt.Sprintf("the earlier one is gone: %v", dead), func(t *testing.T) {
+			opts, w := node(t), testbed.NewWorld(t)
+			first, second, twin := another(opts, "first", nil), another(opts, "second", otherwise(bpf.ShuntMapPods)), another(opts, "twin", otherwise(stampLayout))
+			old := testbed.NewPod(t, testbed.InWorld(w))
+			mustAttach(t, first, old, testRules(old))
+			netns, _ := linksOf(t, first, old)
+			if dead {
+				old.Destroy(t)
+				testbed.Eventually(t, "the namespace is gone", func() bool { end, err := ends(netns); return err == nil && end == gone })
+			}
+			now := testbed.NewPod(t, testbed.SandboxOf(old))
+			mustAttach(t, second, now, testRules(now))
+			got, err := Upgrade(t.Context(), twin)
+			if err != nil {
+				t.Fatal(err)
+			}
+			moved, kept := []ID(nil), []ID{podID(now), podID(old)}
+			if dead {
+				moved, kept = []ID{podID(old)}, kept[:1]
+			}
+			if !slices.Equal(got.Moved, moved) {
+				t.Errorf("moved: %v, want %v", got.Moved, moved)
+			}
+			for _, id := range kept {
+				if !slices.ContainsFunc(got.Kept, func(k Kept) bool { return k.ID == id && errors.Is(k.Why, ErrOtherBuild) }) {
+					t.Errorf("kept: %+v, want %v among them", got.Kept, id)
+				}
+			}
+			runs(t, second, now, false)
+			if err := Check(t.Context(), second, podID(now)); err != nil {
+				t.Error(err)
+			}
+			mustRemove(t, twin, old)
+			runs(t, second, now, false)
+			mustRemove(t, twin, now)
+			nothingLeft(t, twin)
+		})
+	}
+}
+
+// Two attachments of one network namespace share all links: if one of them has what
+// this build has not, both keep their programs.
+func TestPrivilegedUpgradeSharedNetns(t *testing.T) {
+	testbed.Privileged(t)
+	testbed.NoLeaks(t)
+	opts, p := node(t), testbed.NewPod(t)
+	mustAttach(t, opts, p, testRules(p))
+	second, rules := *p, testRules(p)
+	second.ContainerID = "second"
+	rules.Flags |= bpf.ShuntPodFlagPOD_DNS
+	mustAttach(t, opts, &second, rules)
+	fewer := another(opts, "fewer", func(b *build) { b.flags &^= bpf.ShuntPodFlagPOD_DNS })
+	got, err := Upgrade(t.Context(), fewer)
+	if err != nil || len(got.Moved) != 0 || len(got.Kept) != 2 {
+		t.Errorf("upgrade: %+v, %v; want two attachments that are kept", got, err)
+	}
+	runs(t, opts, p, true)
+	mustRemove(t, opts, &second)
+	mustRemove(t, opts, p)
+	nothingLeft(t, opts)
+}
+
 // A later build may have flags and programs that this one has not: there and back.
 func TestPrivilegedUpgradeOfFewer(t *testing.T) {
 	testbed.Privileged(t)
@@ -380,6 +501,113 @@ func TestPrivilegedUpgradeOfFewer(t *testing.T) {
 	})
 	mustRemove(t, opts, p)
 	nothingLeft(t, opts)
+}
+
+// The maps of another build may have larger entries than this one's: what they say is not
+// told, and nothing else is lost for that.
+func TestPrivilegedLargerMaps(t *testing.T) {
+	testbed.Privileged(t)
+	testbed.NoLeaks(t)
+	opts, p := node(t), testbed.NewPod(t)
+	mustAttach(t, opts, p, testRules(p))
+	for name, spec := range map[string]*cebpf.MapSpec{
+		bpf.ShuntMapSlots:  {Type: cebpf.Array, KeySize: 4, ValueSize: 64, MaxEntries: 32},
+		bpf.ShuntMapErrors: {Type: cebpf.LRUHash, KeySize: 24, ValueSize: 16, MaxEntries: 32},
+	} {
+		m, err := cebpf.NewMap(spec)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer m.Close()
+		if spec.Type == cebpf.LRUHash {
+			if err := m.Put(make([]byte, spec.KeySize), make([]byte, spec.ValueSize)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		pin := filepath.Join(newDatapath(opts).dir, name)
+		if err := errors.Join(os.Remove(pin), m.Pin(pin)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if got, err := Errors(opts); len(got) > 0 || err != nil {
+		t.Errorf("errors: %v, %v; want none that can be told", got, err)
+	}
+	d := newDatapath(opts)
+	defer d.closeFDs()
+	netns, _ := linksOf(t, opts, p)
+	if id, err := d.stampIn(netns, p.NetnsCookie(t)); !errors.Is(err, errForeignSlots) {
+		t.Errorf("stamp: %d, %v; want %v", id, err, errForeignSlots)
+	}
+	if err := Check(t.Context(), opts, podID(p)); err != nil {
+		t.Error(err)
+	}
+	mustRemove(t, opts, p)
+	nothingLeft(t, opts)
+}
+
+// Where nobody can look at a pod's TC filters, as in a container, nothing is said of them
+// as long as its links are in order.
+func TestPrivilegedSettleWithoutNetns(t *testing.T) {
+	testbed.Privileged(t)
+	testbed.NoLeaks(t)
+	var out bytes.Buffer
+	opts, w := node(t), testbed.NewWorld(t)
+	opts.NoTCX = true
+	p, other := testbed.NewPod(t, testbed.InWorld(w)), testbed.NewPod(t, testbed.InWorld(w))
+	next := another(opts, "next", nil)
+	rename := func(p *testbed.Pod, path string) {
+		t.Helper()
+		d := newDatapath(opts)
+		r, err := d.readRecord(podID(p))
+		if err != nil {
+			t.Fatal(err)
+		}
+		r.Netns = path
+		if err := d.writeRecord(r); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, p := range []*testbed.Pod{p, other} {
+		if err := attachWith(t.Context(), opts, p, testRules(p), TC); err != nil {
+			t.Fatal(err)
+		}
+	}
+	rename(other, "/none")
+	got, err := Upgrade(t.Context(), next)
+	if err != nil || !slices.Equal(got.Moved, []ID{podID(p)}) || len(got.Kept) != 1 || !errors.Is(got.Kept[0].Why, errFiltersAway) {
+		t.Fatalf("upgrade: %+v, %v; want one moved, and one whose filters can't be reached", got, err)
+	}
+	rename(p, "/none")
+	next.Log = slog.New(slog.NewTextHandler(&out, nil))
+	for range 2 {
+		if _, err := Upgrade(t.Context(), next); err != nil {
+			t.Error(err)
+		}
+	}
+	if out.Len() > 0 {
+		t.Errorf("it says %q", &out)
+	}
+	// One link of another build is said.
+	d := newDatapath(opts)
+	defer d.closeFDs()
+	prog, err := d.object(bpf.ShuntProgShuntSkLookup)
+	if err != nil {
+		t.Fatal(err)
+	}
+	netns, _ := linksOf(t, opts, p)
+	if err := replaceAt(filepath.Join(netns, skLookupLink), prog); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := Upgrade(t.Context(), next); err != nil || !strings.Contains(out.String(), podID(p).String()) {
+		t.Errorf("%v; it says %q, want %v", err, &out, podID(p))
+	}
+	rename(p, p.NetnsPath())
+	rename(other, other.NetnsPath())
+	mustUpgrade(t, next, 1)
+	runs(t, next, p, false)
+	mustRemove(t, next, p)
+	mustRemove(t, next, other)
+	nothingLeft(t, next)
 }
 
 // flow is a connection that stays.

@@ -5,6 +5,7 @@ package agent
 import (
 	"context"
 	"log/slog"
+	"maps"
 	"time"
 
 	"shunt.dev/shunt/internal/netconf"
@@ -106,16 +107,18 @@ func (u *upkeeper) tell(done *loader.Upgraded, whole bool) {
 	if n := len(done.Moved); n > 0 {
 		u.log.Info("pods have this build's programs now", "pods", n)
 	}
-	kept := map[loader.ID]string{}
+	now := map[loader.ID]bool{}
 	for _, k := range done.Kept {
-		kept[k.ID] = k.Why.Error()
-		if u.kept[k.ID] != kept[k.ID] {
+		now[k.ID] = true
+		why := k.Why.Error()
+		if u.kept[k.ID] != why {
+			u.kept[k.ID] = why
 			u.log.Warn("a pod keeps another build's programs: it goes on to work", "pod", k.Pod.Namespace+"/"+k.Pod.Name,
 				"build", k.Build, "why", k.Why, "container", k.ContainerID)
 		}
 	}
-	if whole {
-		u.kept = kept
+	if whole { // else it has not looked at all of them
+		maps.DeleteFunc(u.kept, func(id loader.ID, _ string) bool { return !now[id] })
 	}
 }
 

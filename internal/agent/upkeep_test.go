@@ -66,8 +66,12 @@ func TestUpkeep(t *testing.T) {
 	done.Kept = []loader.Kept{otherwise, others}
 	look("for another reason, and another", "can't be reached", "container=d")
 	upgradeErr = errors.New("no lock")
-	look("an error", "no lock")
+	third := wasKept
+	third.ID.ContainerID = "e"
+	done.Kept = []loader.Kept{third}
+	look("an error, before it came to the others", "no lock", "container=e")
 	look("the same")
+	done.Kept = []loader.Kept{otherwise, others, third}
 	upgradeErr = nil
 	look("none")
 	upgradeErr = errors.New("no lock")
