@@ -640,11 +640,14 @@ func (d *Datapath) detach(r *Record) error {
 		// The one that decides goes first: without a stamp it refuses.
 		dir := d.netnsLinks(r.Cookie)
 		errs = append(errs, d.unlinkAllTC(r))
-		if err := d.unlinkAll(dir, skLookupLink, stampLink); err != nil {
-			errs = append(errs, err)
-		} else {
-			errs = append(errs, d.returnStamps(dir), removeAll(dir))
+		err := d.unlinkAll(dir, skLookupLink, stampLink)
+		if err == nil {
+			err = d.returnStamps(dir)
 		}
+		if err == nil { // or nobody would know the slot of a program that is still there
+			err = removeAll(dir)
+		}
+		errs = append(errs, err)
 	}
 	if !sharedCgroup {
 		dir := d.cgroupLinks(r.CgroupID)

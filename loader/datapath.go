@@ -75,6 +75,8 @@ func Open(ctx context.Context, opts Options) (_ *Datapath, err error) {
 	// The common case costs one look-up.
 	if _, err := os.Stat(d.dir); err == nil {
 		return d, nil
+	} else if !errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("bpfDir: %w", err) // one that is there can't be loaded again
 	}
 	if err := d.refusedBefore(); err != nil {
 		return nil, fmt.Errorf("load the datapath: %w", err)

@@ -295,7 +295,8 @@ func (d *Datapath) removeOrphan(dir string) error {
 	return removeAll(dir)
 }
 
-// removeCookie removes all entries of a pod of which only the cookie is known.
+// removeCookie removes all entries of a pod of which only the cookie is known, and
+// clears the slot of its stamp program.
 func (d *Datapath) removeCookie(cookie uint64) error {
 	defer d.closeFDs()
 	foreign, err := d.foreign()
@@ -316,7 +317,7 @@ func (d *Datapath) removeCookie(cookie uint64) error {
 	if err == nil {
 		err = removeEach(ports, func(k *bpf.ShuntPortKey) bool { return k.Cookie == its })
 	}
-	return errors.Join(append(errs, err, d.removePod(r))...)
+	return errors.Join(append(errs, err, d.removePod(r), d.loseStamp(cookie))...)
 }
 
 // maxPrefixKeys is well above what a prefix map can hold.

@@ -139,6 +139,27 @@ func entries(t testing.TB, opts Options, name string) (n int) {
 	return n
 }
 
+// taken lists the slots of stamp programs that serve a pod.
+func taken(t testing.TB, opts Options) (slots []uint32) {
+	t.Helper()
+	dirs, _ := filepath.Glob(filepath.Join(opts.BPFDir, "datapath-*"))
+	for _, dir := range dirs {
+		m, err := cebpf.LoadPinnedMap(filepath.Join(dir, bpf.ShuntMapSlots), nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer m.Close()
+		var slot uint32
+		var cookie uint64
+		for it := m.Iterate(); it.Next(&slot, &cookie); {
+			if slot > 0 && cookie != 0 { // the first says which is the highest
+				slots = append(slots, slot)
+			}
+		}
+	}
+	return slots
+}
+
 // nothingLeft fails the test if anything but the node's datapath is there.
 func nothingLeft(t testing.TB, opts Options) {
 	t.Helper()
@@ -146,6 +167,9 @@ func nothingLeft(t testing.TB, opts Options) {
 		if n := entries(t, opts, name); n != 0 {
 			t.Errorf("map %s has %d entries left", name, n)
 		}
+	}
+	if slots := taken(t, opts); len(slots) > 0 {
+		t.Errorf("slots %v are left taken", slots)
 	}
 	for _, dir := range []string{
 		opts.BPFDir + "/" + cgroupLinks, opts.BPFDir + "/" + netnsLinks,

@@ -240,6 +240,31 @@ func (d *Datapath) returnStamps(dir string) error {
 	})
 }
 
+// loseStamp clears the slot of a stamp program that is about to go with its pod's
+// folder, if it is this datapath's: lostSlot finds it then.
+func (d *Datapath) loseStamp(cookie uint64) error {
+	slot, err := d.ownStamp(d.netnsLinks(cookie))
+	if err != nil || slot == 0 {
+		return err
+	}
+	slots, err := d.object(bpf.ShuntMapSlots)
+	if err != nil {
+		return err
+	}
+	var has, none uint64
+	err = lookup(slots, &slot, &has)
+	if errors.Is(err, unix.ENOENT) || err == nil && has != cookie {
+		return nil // another datapath's
+	}
+	if err == nil {
+		err = update(slots, &slot, &none, updateAny)
+	}
+	if err != nil {
+		return fmt.Errorf("clear the stamp's slot: %w", err)
+	}
+	return nil
+}
+
 // stampIn returns the id of the program that stamps with cookie in the pod's
 // folder; 0 if there is none. It fails with errForeignSlots where that can't be told.
 func (d *Datapath) stampIn(dir string, cookie uint64) (id uint32, err error) {

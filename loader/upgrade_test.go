@@ -957,6 +957,10 @@ func TestPrivilegedLostSlots(t *testing.T) {
 	if slot, err := d.newSlot(); err != nil || slot != stampsAtStart+1 {
 		t.Errorf("slot %d, %v; want %d, the first that was never used", slot, err, stampsAtStart+1)
 	}
+	serving = 0
+	if err := update(slots, &third, &serving, updateAny); err != nil {
+		t.Fatal(err)
+	}
 	d.Close()
 	mustRemove(t, opts, p)
 	nothingLeft(t, opts)

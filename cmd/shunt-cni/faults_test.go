@@ -8,6 +8,7 @@ import (
 	"maps"
 	"math/rand/v2"
 	"os"
+	"path/filepath"
 	"regexp"
 	"slices"
 	"strings"
@@ -102,6 +103,7 @@ var stepNamings = sync.OnceValue(func() []stepNaming {
 		{regexp.MustCompile(`^/memfd:shunt-ip6?tables\S*-(restore|save).*`), "the input of iptables-$1"},
 		{regexp.MustCompile(`^(/\S*)?(shunt-test-\S*|kubepods|burstable|pod[0-9a-f-]{36})$`), "the pod's cgroup"},
 		{regexp.MustCompile(`^/\S+/netns$`), "the pod's netns"},
+		{regexp.MustCompile(`^/\S+/TestPrivileged[^/]+/\d+$`), "another bpffs"}, // of another test's
 		{regexp.MustCompile(`^/\S+/kubeconfig$`), "kubeconfig"},
 	}
 })
@@ -110,7 +112,8 @@ var stepNamings = sync.OnceValue(func() []stepNaming {
 func (n *node) stepName(s testbed.Step) string {
 	var args []string
 	for arg := range strings.SplitSeq(s.Arg, ", ") {
-		arg = strings.NewReplacer(n.RunDir, "runDir", n.BPFDir, "bpfDir").Replace(arg)
+		arg = strings.NewReplacer(n.RunDir, "runDir", n.BPFDir, "bpfDir",
+			filepath.Dir(n.RunDir), "runDir's parent", filepath.Dir(n.BPFDir), "bpfDir's parent").Replace(arg)
 		for _, x := range stepNamings() {
 			arg = x.is.ReplaceAllString(arg, x.name)
 		}

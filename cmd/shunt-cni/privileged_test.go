@@ -3,6 +3,7 @@
 package main
 
 import (
+	"bytes"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -641,16 +642,6 @@ func TestPrivilegedNotInMesh(t *testing.T) {
 
 func TestPrivilegedBadAdd(t *testing.T) {
 	w := begin(t)
-	const otherBuild = "datapath-0123456789abcdef"
-	mkdir := func(t *testing.T, paths ...string) {
-		t.Helper()
-		for _, path := range paths {
-			if err := os.MkdirAll(path, 0o700); err != nil {
-				t.Fatal(err)
-			}
-			t.Cleanup(func() { _ = os.Remove(path) }) // or the node would complain of it
-		}
-	}
 	annotated := func(key, value string) func(*testing.T, *node, *testbed.Pod) []testbed.Override {
 		return func(t *testing.T, n *node, p *testbed.Pod) []testbed.Override {
 			n.api.SetPod(t, p.Namespace, p.Name, p.Injected(testbed.Annotate(key, value)))
@@ -729,12 +720,6 @@ func TestPrivilegedBadAdd(t *testing.T) {
 				return nil
 			}, codeProgram, []string{"bpfDir", "/some/where is not in one", "no bpffs", "mount -t bpf"},
 		},
-		{
-			"pods use another build", func(t *testing.T, n *node, _ *testbed.Pod) []testbed.Override {
-				mkdir(t, n.BPFDir, n.BPFDir+"/cgroups", n.BPFDir+"/"+otherBuild, n.BPFDir+"/cgroups/1")
-				return nil
-			}, codeProgram, []string{otherBuild, "another build", "cgroups/1"},
-		},
 		{"no such netns", netns("/none/such"), 8, []string{"/none/such", "no such file"}},
 		{"netns is no netns", netns("/proc/version"), 8, []string{"/proc/version is not a network namespace"}},
 		{"netns is another namespace", netns("/proc/self/ns/uts"), 8, []string{"/proc/self/ns/uts is not a network namespace"}},
@@ -755,15 +740,10 @@ func TestPrivilegedBadAdd(t *testing.T) {
 			p := n.pod(t)
 			// A pod that is there already must not notice.
 			other := n.pod(t)
-			if !slices.Contains([]string{"pods use another build"}, c.name) {
-				n.MustAdd(t, other)
-			}
+			n.MustAdd(t, other)
 			before := n.left(t)
 			config, bpfDir, env, plugin, kubeconfig := n.Config, n.BPFDir, n.Env, n.Plugin, n.Kubeconfig
 			overrides := c.make(t, n, p)
-			if len(before) == 0 {
-				before = n.left(t)
-			}
 			r := n.Add(t, p, overrides...)
 			// The bound may fall into a call, whose dial then is what is told of.
 			for range 3 {
@@ -799,10 +779,8 @@ func TestPrivilegedBadAdd(t *testing.T) {
 			// As the runtime does after a failed ADD.
 			n.MustDel(t, p, testbed.Unset("prevResult"))
 			expectSame("DEL")
-			if len(hooksOf(t, other)) > 0 {
-				n.MustCheck(t, other)
-				n.MustDel(t, other)
-			}
+			n.MustCheck(t, other)
+			n.MustDel(t, other)
 		})
 	}
 }
@@ -840,6 +818,66 @@ func TestPrivilegedOtherBuild(t *testing.T) {
 	}
 	n.MustDel(t, p)
 	n.expectNothing(t, p)
+}
+
+// TestPrivilegedOtherLayout: pods of a build whose maps are laid out otherwise keep
+// its programs until they end. ADD refuses what would have to write its maps, and all
+// else works.
+func TestPrivilegedOtherLayout(t *testing.T) {
+	n := newNode(t, begin(t))
+	n.Config = map[string]any{"datapath": "ebpf"} // nobody takes over
+	old, fresh := n.pod(t), n.pod(t)
+	n.MustAdd(t, old)
+	own := glob(t, n.BPFDir+"/datapath-*")
+	records := glob(t, n.RunDir+"/attachments/*.json")
+	if len(own) != 1 || len(records) != 1 {
+		t.Fatalf("datapaths: %q, records: %q; want one of each", own, records)
+	}
+	// It has been another build's all along.
+	other, layout := n.BPFDir+"/datapath-0123456789abcdef", own[0]+"/layout"
+	record, err := os.ReadFile(records[0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	record = bytes.ReplaceAll(record, []byte(filepath.Base(own[0])), []byte(filepath.Base(other)))
+	err = errors.Join(
+		os.WriteFile(records[0], record, 0o600),
+		os.Remove(layout), os.Symlink(strings.Replace(bpf.Layout, "meaning=", "meaning=not", 1), layout),
+		os.Rename(own[0], other),
+	)
+	if err != nil {
+		t.Fatal(err)
+	}
+	keeps := func() {
+		t.Helper()
+		n.MustCheck(t, old)
+		expectHooks(t, old)
+		n.expectRedirected(t, old)
+	}
+
+	n.MustAdd(t, fresh)
+	n.MustCheck(t, fresh)
+	n.expectRedirected(t, fresh)
+	keeps()
+	second := *old
+	second.ContainerID = "second"
+	r := n.Add(t, &second)
+	if r.Code() != codeProgram || !strings.Contains(message(r), "another build") || !strings.Contains(message(r), "laid out otherwise") {
+		t.Errorf("ADD to the network namespace of a pod of another build: %s; want an error of code %d that says so", r, codeProgram)
+	}
+	n.MustDel(t, &second)
+	keeps()
+
+	n.MustDel(t, old)
+	n.MustDel(t, fresh)
+	n.expectNothing(t, old, fresh)
+	// Nobody uses it any more.
+	if r := n.Run(t, "GC", nil, testbed.Set("cni.dev/valid-attachments", []any{})); !r.OK() {
+		t.Errorf("GC: %s", r)
+	}
+	if now := glob(t, n.BPFDir+"/datapath-*"); !slices.Equal(now, own) {
+		t.Errorf("datapaths: %q, want %q", now, own)
+	}
 }
 
 // holdMounts starts a process in a mount namespace of its own, in which nothing

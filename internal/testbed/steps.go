@@ -429,9 +429,13 @@ func argPath(indices ...int) func(*tracee, [6]uint64) (string, bool) {
 }
 
 // argFile takes the first argument for a descriptor. Those of files count, other
-// than the standard ones: pipes, sockets and the runtime's own are nobody else's.
+// than the standard ones, and netlink sockets, behind which is the kernel: pipes,
+// other sockets and the runtime's own are nobody else's.
 func argFile(t *tracee, args [6]uint64) (string, bool) {
 	target, err := os.Readlink(fmt.Sprintf("/proc/%d/fd/%d", t.pid, int32(args[0])))
+	if err == nil && strings.HasPrefix(target, "socket:") {
+		return "netlink", t.netlinkSocket(int(args[0]))
+	}
 	file := strings.HasPrefix(target, "/") || strings.HasPrefix(target, "net:")
 	return target, err == nil && args[0] > 2 && file && !strings.HasPrefix(target, "/dev/")
 }
@@ -447,6 +451,22 @@ func argSendmsg(t *tracee, args [6]uint64) (string, bool) {
 func (t *tracee) netlink(addr uint64) bool {
 	var family uint16
 	return addr != 0 && t.read(addr, bytesOf(&family)) == 2 && family == unix.AF_NETLINK
+}
+
+// netlinkSocket says whether a socket is of AF_NETLINK, by its descriptor.
+func (t *tracee) netlinkSocket(fd int) bool {
+	pidfd, err := unix.PidfdOpen(t.pid, 0)
+	if err != nil {
+		return false
+	}
+	defer unix.Close(pidfd)
+	same, err := unix.PidfdGetfd(pidfd, fd, 0)
+	if err != nil {
+		return false
+	}
+	defer unix.Close(same)
+	domain, err := unix.GetsockoptInt(same, unix.SOL_SOCKET, unix.SO_DOMAIN)
+	return err == nil && domain == unix.AF_NETLINK
 }
 
 // bpfCommands are the names of enum bpf_cmd, in its order.

@@ -39,12 +39,23 @@ func stepped(dir string) error {
 		func() error { return os.WriteFile(filepath.Join(sub, "new"), []byte("x"), 0o600) },
 		func() error { return os.Rename(filepath.Join(sub, "new"), filepath.Join(sub, "file")) },
 		func() error {
-			s, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.NETLINK_ROUTE)
-			if err != nil {
+			return withSocket(unix.AF_NETLINK, unix.SOCK_RAW, func(s int) error {
+				return unix.Sendto(s, make([]byte, unix.SizeofNlMsghdr), 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK})
+			})
+		},
+		func() error {
+			return withSocket(unix.AF_NETLINK, unix.SOCK_RAW, func(s int) error {
+				_, err := unix.Write(s, make([]byte, unix.SizeofNlMsghdr))
 				return err
-			}
-			defer unix.Close(s)
-			return unix.Sendto(s, make([]byte, unix.SizeofNlMsghdr), 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK})
+			})
+		},
+		func() error { // which is no step: nobody else's
+			return withSocket(unix.AF_UNIX, unix.SOCK_DGRAM, func(s int) error {
+				if _, err := unix.Write(s, []byte("x")); !errors.Is(err, unix.ENOTCONN) {
+					return fmt.Errorf("write to a socket without a peer: %w", err)
+				}
+				return nil
+			})
 		},
 		func() error { return unix.Unlink(filepath.Join(sub, "file")) },
 	} {
@@ -59,6 +70,16 @@ func stepped(dir string) error {
 	}
 	_, err := fmt.Println("done")
 	return err
+}
+
+// withSocket has fn use a socket.
+func withSocket(family, typ int, fn func(s int) error) error {
+	s, err := unix.Socket(family, typ|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(s)
+	return fn(s)
 }
 
 func runStepped(t *testing.T, fault Fault, observe ...string) (r StepsResult, dir string) {
@@ -84,7 +105,7 @@ func TestSteps(t *testing.T) {
 	sub := dir + "/sub"
 	want := []string{
 		"mkdirat(" + sub + ")", "openat(" + sub + "/new)", "write(" + sub + "/new)",
-		"renameat(" + sub + "/new, " + sub + "/file)", "sendto(netlink)", "unlinkat(" + sub + "/file)",
+		"renameat(" + sub + "/new, " + sub + "/file)", "sendto(netlink)", "write(netlink)", "unlinkat(" + sub + "/file)",
 	}
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Fatalf("steps (-want +got):\n%s", diff)
@@ -115,12 +136,12 @@ func TestSteps(t *testing.T) {
 		{Fault{Step: 4, Kind: KillBefore}, true, false},
 		{Fault{Step: 4, Kind: KillAfter}, false, true},
 		{Fault{Step: 4, Kind: FailCall, Errno: unix.EIO}, true, false},
-		{Fault{Step: 6, Kind: KillBefore}, false, true},
-		{Fault{Step: 6, Kind: KillAfter}, false, false},
-		{Fault{Step: 7}, false, false},
+		{Fault{Step: 7, Kind: KillBefore}, false, true},
+		{Fault{Step: 7, Kind: KillAfter}, false, false},
+		{Fault{Step: 8}, false, false},
 	} {
 		r, dir := runStepped(t, c.fault)
-		if old, file := exists(t, dir+"/sub/new"), exists(t, dir+"/sub/file"); old != c.old || file != c.file || r.Hit != (c.fault.Step < 7) {
+		if old, file := exists(t, dir+"/sub/new"), exists(t, dir+"/sub/file"); old != c.old || file != c.file || r.Hit != (c.fault.Step < 8) {
 			t.Errorf("%v: new %v, file %v; want %v, %v", c.fault, old, file, c.old, c.file)
 		}
 	}

@@ -18,7 +18,6 @@ import (
 	"unsafe"
 
 	"github.com/vishvananda/netlink"
-	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
 
 	"shunt.dev/shunt/internal/tproxy"
@@ -113,23 +112,27 @@ func (n *namespace) do(fn func() error) error {
 
 const threadNetns = "/proc/thread-self/ns/net"
 
-// onThread runs fn, which may leave the thread in another network namespace.
+// onThread runs fn, which may leave the thread in another network namespace, in a
+// goroutine of its own: a thread that can't come back is left locked, and dies with
+// that rather than serve others, or the caller, from the wrong place.
 func onThread(fn func() error) error {
-	runtime.LockOSThread()
-	own, err := unix.Open(threadNetns, unix.O_RDONLY|unix.O_CLOEXEC, 0)
-	if err != nil {
-		runtime.UnlockOSThread()
-		return fmt.Errorf("open own network namespace: %w", err)
-	}
-	defer func() {
-		// A thread that can't come back is left locked: it dies with its
-		// goroutine rather than serve others from the wrong place.
+	done := make(chan error)
+	go func() {
+		runtime.LockOSThread()
+		own, err := unix.Open(threadNetns, unix.O_RDONLY|unix.O_CLOEXEC, 0)
+		if err != nil {
+			runtime.UnlockOSThread()
+			done <- fmt.Errorf("open own network namespace: %w", err)
+			return
+		}
+		err = fn()
 		if unix.Setns(own, unix.CLONE_NEWNET) == nil {
 			runtime.UnlockOSThread()
 		}
 		unix.Close(own)
+		done <- err
 	}()
-	return fn()
+	return <-done
 }
 
 // look is called inside the namespace.
@@ -315,9 +318,11 @@ func eachNFTChain(fn func(head unix.Nfgenmsg, table, chain string)) error {
 // errDumpInterrupted: something changed while the kernel was listing.
 var errDumpInterrupted = errors.New("the list changed while it was read")
 
-// route is a handle for what netlink has to do in the namespace.
+// route is a handle for what netlink has to do in the namespace. netlink's own way in
+// would go on with a thread that can't come back.
 func (n *namespace) route(fn func(h *netlink.Handle) error) error {
-	h, err := netlink.NewHandleAt(netns.NsHandle(n.fd), unix.NETLINK_ROUTE)
+	var h *netlink.Handle
+	err := n.do(func() (err error) { h, err = netlink.NewHandle(unix.NETLINK_ROUTE); return err })
 	if err != nil {
 		return fmt.Errorf("open netlink: %w", err)
 	}

@@ -70,7 +70,13 @@ func (r *record) rules(f Family) string {
 
 // of says whether a namespace is the record's.
 func (r *record) of(n *namespace) bool {
-	return r.Inode == n.inode && r.Cookie == n.cookie && r.Boot == loader.BootID()
+	return r.in(n.inode, n.cookie, loader.BootID())
+}
+
+// in says whether a namespace of that inode and cookie is the record's. A boot that
+// can't be told, or could not be when the record was made, is taken for the same.
+func (r *record) in(inode, cookie uint64, boot string) bool {
+	return r.Inode == inode && r.Cookie == cookie && (r.Boot == boot || r.Boot == "" || boot == "")
 }
 
 // open opens the network namespace. Where the record's path was a process's, and
@@ -206,7 +212,7 @@ func (b *Backend) shared(r *record) (bool, error) {
 		if err != nil {
 			return false, err
 		}
-		if other != nil && other.Inode == r.Inode && other.Cookie == r.Cookie && other.Boot == r.Boot {
+		if other != nil && other.in(r.Inode, r.Cookie, r.Boot) {
 			return true, nil
 		}
 	}

@@ -26,7 +26,7 @@ type Record struct{ record }
 // Of reports whether the record is of a network namespace, known by its inode and
 // its cookie.
 func (r *Record) Of(inode, cookie uint64) bool {
-	return r.Inode == inode && r.Cookie == cookie && r.Boot == loader.BootID()
+	return r.in(inode, cookie, loader.BootID())
 }
 
 // Records lists the attachments of a node that have a record; those that can't be
