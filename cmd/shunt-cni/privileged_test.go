@@ -862,7 +862,7 @@ func TestPrivilegedOtherLayout(t *testing.T) {
 	second := *old
 	second.ContainerID = "second"
 	r := n.Add(t, &second)
-	if r.Code() != codeProgram || !strings.Contains(message(r), "another build") || !strings.Contains(message(r), "laid out otherwise") {
+	if r.Code() != codeProgram || !strings.Contains(message(r), "another build") || !strings.Contains(message(r), "whose maps this one has not") {
 		t.Errorf("ADD to the network namespace of a pod of another build: %s; want an error of code %d that says so", r, codeProgram)
 	}
 	n.MustDel(t, &second)
