@@ -247,7 +247,7 @@ func (d *Datapath) loseStamp(cookie uint64) error {
 	if err != nil || slot == 0 {
 		return err
 	}
-	slots, err := d.object(bpf.ShuntMapSlots)
+	slots, err := d.slots()
 	if err != nil {
 		return err
 	}

@@ -16,6 +16,8 @@ import (
 	"time"
 
 	"github.com/google/renameio/v2"
+
+	"shunt.dev/shunt/internal/rundir"
 )
 
 // Fresh is how long an answer counts. Kubelets have their runtime asked every
@@ -33,8 +35,12 @@ type Status struct {
 
 func path(runDir string) string { return filepath.Join(runDir, "status") }
 
-// Write keeps an answer. One that was given before costs no writing.
+// Write keeps an answer. One that was given before costs no writing. Nothing is
+// written to a directory that others can write to, which ADD refuses too.
 func Write(runDir string, s Status) error {
+	if err := rundir.Check(runDir); err != nil {
+		return fmt.Errorf("keep the answer to STATUS for the node agent: %w", err)
+	}
 	data, err := json.Marshal(s)
 	if err != nil {
 		return err

@@ -68,3 +68,17 @@ func TestAnswer(t *testing.T) {
 		t.Error("an answer is kept in a directory that is not there")
 	}
 }
+
+// TestForeignDir: nothing is written to a directory into which others can put files.
+func TestForeignDir(t *testing.T) {
+	dir := t.TempDir()
+	if err := os.Chmod(dir, 0o777); err != nil {
+		t.Fatal(err)
+	}
+	if err := Write(dir, Status{Able: true}); err == nil {
+		t.Error("no error")
+	}
+	if s, err := Read(dir); s != nil || err != nil {
+		t.Errorf("what was written: %+v, %v", s, err)
+	}
+}
