@@ -5,6 +5,7 @@
 package iptables
 
 import (
+	"os"
 	"strings"
 	"testing"
 
@@ -56,4 +57,19 @@ func TestPrivilegedForeign(t *testing.T) {
 	want("of nft", "IPv6 ISTIO_REDIRECT")
 	p.Command(t, "iptables-legacy", "-t", "nat", "-A", "OUTPUT", "-p", "tcp", "-j", "REDIRECT", "--to-ports", "15001")
 	want("of both", "IPv6 ISTIO_REDIRECT", "IPv4 OUTPUT")
+}
+
+// TestReadyForeignDir: what a runDir says that others can write to is not gone by,
+// and nothing is written there: STATUS fails where ADD would.
+func TestReadyForeignDir(t *testing.T) {
+	dir := t.TempDir()
+	if err := os.Chmod(dir, 0o777); err != nil {
+		t.Fatal(err)
+	}
+	if err := New(Options{RunDir: dir}).Ready(t.Context()); err == nil || !strings.HasPrefix(err.Error(), "runDir: "+dir) {
+		t.Errorf("got error %v, want one that names runDir", err)
+	}
+	if entries, err := os.ReadDir(dir); err != nil || len(entries) > 0 {
+		t.Errorf("in it are %v, %v", entries, err)
+	}
 }
