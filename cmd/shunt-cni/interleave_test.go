@@ -257,6 +257,7 @@ func (x *interleaving) settle(t *testing.T) {
 		"netns": len(glob(t, filepath.Join(x.BPFDir, "netns", "*"))), "cgroups": len(glob(t, filepath.Join(x.BPFDir, "cgroups", "*"))),
 		"records":          len(glob(t, filepath.Join(x.RunDir, "attachments", "*.json"))),
 		"iptables records": len(glob(t, filepath.Join(x.RunDir, "iptables", "*.json"))),
+		"ruled":            0,
 	}
 	var all []*testbed.Pod
 	for _, p := range slices.Concat(x.live, x.spares, x.gone) {

@@ -78,7 +78,8 @@ func (a *Agent) Pod(ctx context.Context, namespace, name, uid string) (*redirect
 	return readAnswer(conn)
 }
 
-// readAnswer reads what the agent says.
+// readAnswer reads what the agent says. Errors have maxError bytes at most,
+// whatever it says.
 func readAnswer(r io.Reader) (*redirect.Pod, error) {
 	resp, err := http.ReadResponse(bufio.NewReader(r), nil) //nolint:bodyclose // to close it is to read all of it; the caller closes
 	if err != nil {
