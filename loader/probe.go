@@ -318,7 +318,7 @@ func unified(mount string) (string, error) {
 		return "cgroup2 is the only hierarchy; this process is in " + own, nil
 	}
 	return "", noError{fmt.Errorf("a hybrid host: cgroup version 1 is mounted too (%s and %d more), and this process is in %s of cgroup2; "+
-		"under systemd, processes that exec starts in a container may lie outside of the pod's cgroup2 and go around the proxy: run --self-test, and watch shunt status",
+		"a runtime older than runc 1.1 puts what exec starts in a container outside of the pod's cgroup2, from where it goes around the proxy: shunt status tells such processes",
 		v1[0], len(v1)-1, own)}
 }
 
