@@ -166,6 +166,14 @@ func TestProbeFindsPods(t *testing.T) {
 			t.Errorf("%s: %q, %v", layout.path, where, err)
 		}
 	}
+	// What is mounted here, and whose pods lie there, must not matter.
+	table := filepath.Join(t.TempDir(), "mountinfo")
+	before := hostCgroups
+	t.Cleanup(func() { hostCgroups = before })
+	hostCgroups.mountinfo = table
+	if err := os.WriteFile(table, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
 	for _, mount := range []string{"", t.TempDir()} {
 		if _, err := findPods(mount); !errors.As(err, new(unknownError)) {
 			t.Errorf("pods in %q: %v, want unknown", mount, err)
@@ -177,10 +185,6 @@ func TestProbeFindsPods(t *testing.T) {
 	if err := os.MkdirAll(filepath.Join(v1, "kubepods/burstable"), 0o755); err != nil {
 		t.Fatal(err)
 	}
-	table := filepath.Join(t.TempDir(), "mountinfo")
-	before := hostCgroups
-	t.Cleanup(func() { hostCgroups = before })
-	hostCgroups.mountinfo = table
 	line := "30 24 0:26 / " + v1 + " rw,nosuid shared:9 - cgroup cgroup rw,pids\n"
 	if err := os.WriteFile(table, []byte(line), 0o600); err != nil {
 		t.Fatal(err)
