@@ -483,6 +483,10 @@ type failingWriter struct{}
 
 func (failingWriter) Write([]byte) (int, error) { return 0, errors.New("closed") }
 
+// oneAnswer is a podFactsTimeout in which one answer comes, large as it may be, by
+// TLS, under -race and on a machine that is busy.
+const oneAnswer = "3s"
+
 // TestAddAPIServer: the plugin with its real sources, and what the API server
 // may do to it.
 func TestAddAPIServer(t *testing.T) {
@@ -512,7 +516,7 @@ func TestAddAPIServer(t *testing.T) {
 			timeout := "30s"
 			if tc.always != nil {
 				s.FailAlways(*tc.always)
-				timeout = "3s" // one answer at least has to come whole, by TLS and under -race
+				timeout = oneAnswer
 			}
 			b := newBed(t)
 			b.facts = newFacts
