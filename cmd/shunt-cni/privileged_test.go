@@ -746,7 +746,7 @@ func TestPrivilegedBadAdd(t *testing.T) {
 			var overrides []testbed.Override
 			if c.code == 11 {
 				limit := oneAnswer
-				if c.name == "API hangs" {
+				if c.name == "API hangs" || c.name == "no kubeconfig" {
 					limit = factsLimit
 				}
 				overrides = append(overrides, testbed.Set("podFactsTimeout", limit))
