@@ -202,7 +202,7 @@ func render(entry, text []byte, model span) []byte {
 	if !deeper || unit == "" {
 		unit = "  "
 	}
-	_ = json.Indent(&out, entry, base, unit)
+	_ = json.Indent(&out, bytes.TrimSpace(entry), base, unit) // which would keep what follows the value
 	if head > 0 && object[head-1] == '\r' {
 		return bytes.ReplaceAll(out.Bytes(), []byte("\n"), []byte("\r\n"))
 	}

@@ -161,6 +161,7 @@ func FuzzSplice(f *testing.F) {
 	} {
 		f.Add([]byte(s), []byte(testEntry))
 	}
+	f.Add([]byte("{\"name\":\"n\",\"plugins\":[\n{\"type\":\"a\"\n}\n]}"), []byte(" "+testEntry+"\n"))
 	f.Add([]byte(`{"name":"n","plugins":[{"type":"shunt-cni"},{"type":"a"}]}`), []byte(`{"type":"shunt-cni","excludeNamespaces":["a",
 	"b"]}`))
 	f.Fuzz(func(t *testing.T, text, entry []byte) {

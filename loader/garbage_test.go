@@ -7,6 +7,7 @@ package loader
 import (
 	"context"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"slices"
@@ -80,6 +81,31 @@ func linksOf(t *testing.T, opts Options, p *testbed.Pod) (netns, cgroup string) 
 	}
 	f.close()
 	return d.netnsLinks(p.NetnsCookie(t)), d.cgroupLinks(id)
+}
+
+// TestEachNameOfRemoved: a folder that goes between its opening and its listing has
+// nothing in it. Who looks for garbage holds no lock.
+func TestEachNameOfRemoved(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "netns")
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	f, err := os.Open(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if err := os.Remove(dir); err != nil {
+		t.Fatal(err)
+	}
+	// To open it by its descriptor is to have it open: it is not there by a name.
+	err = eachName(fmt.Sprintf("/proc/self/fd/%d", f.Fd()), func(name string) error {
+		t.Errorf("%s is in it", name)
+		return nil
+	})
+	if err != nil {
+		t.Error(err)
+	}
 }
 
 // What is left of a pod whose DEL never came goes, and nothing else: pods that live

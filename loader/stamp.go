@@ -312,7 +312,8 @@ func (d *Datapath) slots() (fd, error) {
 	return slots, nil
 }
 
-// eachName calls fn with the names in a folder that may not be there.
+// eachName calls fn with the names in a folder that may not be there, or is removed
+// by another process now: that says ENOENT too, however far it has been read.
 func eachName(dir string, fn func(name string) error) error {
 	f, err := unix.Open(dir, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	if errors.Is(err, unix.ENOENT) {
@@ -326,6 +327,9 @@ func eachName(dir string, fn func(name string) error) error {
 	buf := make([]byte, 4<<10)
 	for {
 		n, err := unix.ReadDirent(f, buf)
+		if errors.Is(err, unix.ENOENT) {
+			break
+		}
 		if err != nil {
 			return &fs.PathError{Op: "list", Path: dir, Err: err}
 		}

@@ -48,7 +48,7 @@ const (
 	allSteps      = "SHUNT_CNI_TEST_ALL_STEPS" // not empty: no sampling
 	seedEnv       = "SHUNT_CNI_TEST_SEED"      // of the samples; random else
 	quietRace     = "GORACE=atexit_sleep_ms=0" // the race detector's plugin would rest for a second
-	factsLimit    = "500ms"                    // podFactsTimeout where facts can't be had
+	factsLimit    = "500ms"                    // podFactsTimeout where nobody answers
 	addLimit      = 10 * time.Second           // what a failing ADD may take here, on a machine that is busy
 	settleTime    = 10 * time.Second           // what the kernel may take to destroy closed sockets
 	sampled       = 8                          // steps tried of a phase that is sampled
@@ -736,14 +736,22 @@ func TestPrivilegedBadAdd(t *testing.T) {
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			n := newNode(t, w)
-			n.Config = map[string]any{"podFactsTimeout": factsLimit, "datapath": "ebpf"} // nobody takes over
+			n.Config = map[string]any{"datapath": "ebpf"} // nobody takes over
 			p := n.pod(t)
 			// A pod that is there already must not notice.
 			other := n.pod(t)
 			n.MustAdd(t, other)
 			before := n.left(t)
 			config, bpfDir, env, plugin, kubeconfig := n.Config, n.BPFDir, n.Env, n.Plugin, n.Kubeconfig
-			overrides := c.make(t, n, p)
+			var overrides []testbed.Override
+			if c.code == 11 {
+				limit := oneAnswer
+				if c.name == "API hangs" || c.name == "no kubeconfig" {
+					limit = factsLimit
+				}
+				overrides = append(overrides, testbed.Set("podFactsTimeout", limit))
+			}
+			overrides = append(overrides, c.make(t, n, p)...)
 			r := n.Add(t, p, overrides...)
 			// The bound may fall into a call, whose dial then is what is told of.
 			for range 3 {

@@ -50,7 +50,7 @@ const foreign = `{
 const (
 	nodeName  = "node-1"
 	confName  = "10-others.conflist"
-	baseEntry = `"type": "shunt-cni", "podFactsTimeout": "2s"`
+	baseEntry = `"type": "shunt-cni", "podFactsTimeout": "20s"`
 )
 
 // A bed is a node with the directories that an agent works on, and an API

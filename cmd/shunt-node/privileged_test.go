@@ -13,6 +13,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -314,24 +315,23 @@ func TestPrivilegedOwnPod(t *testing.T) {
 		{"shop", "shunt-node-x7k2p", false},
 	} {
 		p := testbed.NewPod(t, testbed.InWorld(b.world), testbed.Named(tc.namespace, tc.name))
-		if r := b.cni.Add(t, p); r.OK() != tc.ok || !tc.ok && r.Code() != 11 {
+		if r := b.cni.Add(t, p, testbed.Set("podFactsTimeout", "2s")); r.OK() != tc.ok || !tc.ok && r.Code() != 11 {
 			t.Errorf("%s/%s: %s", tc.namespace, tc.name, r)
 		}
 	}
 }
 
-// churn adds and deletes pods, from several goroutines, until stop is called,
-// which returns how many there were. Each ADD has to succeed, and its pod to be
+// churn adds and deletes pods, from several goroutines, until stop is called.
+// count tells how many there were. Each ADD has to succeed, and its pod to be
 // redirected; where always is set, the runtime has to find the entry each time.
-func (b *realBed) churn(n int, always bool) (stop func() int) {
+func (b *realBed) churn(n int, always bool) (count func() int, stop func()) {
 	b.t.Helper()
 	pods := make([]*testbed.Pod, n)
 	for i := range pods {
 		pods[i] = b.pod()
 	}
 	var wg sync.WaitGroup
-	var mu sync.Mutex
-	count := 0
+	var done atomic.Int32
 	over := make(chan struct{})
 	for _, p := range pods {
 		wg.Go(func() {
@@ -355,18 +355,19 @@ func (b *realBed) churn(n int, always bool) (stop func() int) {
 					b.t.Errorf("DEL: %v %s", err, r)
 					return
 				}
-				mu.Lock()
-				count++
-				mu.Unlock()
+				done.Add(1)
 			}
 		})
 	}
-	return func() int {
+	return func() int { return int(done.Load()) }, func() {
 		close(over)
 		wg.Wait()
-		return count
 	}
 }
+
+// fewestPods have to come and go for churn to show anything: a machine that is
+// busy is given more time.
+const fewestPods = 10
 
 // TestPrivilegedUpgrade: while agents take over from one another, every pod that
 // starts is set up, and none goes around its proxy.
@@ -375,8 +376,8 @@ func TestPrivilegedUpgrade(t *testing.T) {
 	old := b.start()
 	old.ready()
 	b.use()
-	stop := b.churn(2, true)
-	for i := range 10 {
+	count, stop := b.churn(2, true)
+	for i := 0; i < 10 || count() < fewestPods && !t.Failed(); i++ {
 		fakekube.Update(b.kube, "shunt", "shunt-node", func(d *appsv1.DaemonSet) {
 			d.Spec.Template.Spec.Containers = []corev1.Container{{Name: "agent", Image: fmt.Sprintf("shunt:%d", i)}}
 		})
@@ -393,12 +394,9 @@ func TestPrivilegedUpgrade(t *testing.T) {
 		b.expectInstalled()
 		old = next
 	}
-	n := stop()
+	stop()
 	old.end()
-	t.Logf("%d pods", n)
-	if n < 10 {
-		t.Errorf("only %d pods", n)
-	}
+	t.Logf("%d pods", count())
 }
 
 // TestPrivilegedKilled: an agent that is killed at any moment loses nothing: pods
@@ -409,11 +407,11 @@ func TestPrivilegedKilled(t *testing.T) {
 	a := b.start()
 	a.ready()
 	b.use()
-	stop := b.churn(2, false)
+	count, stop := b.churn(2, false)
 	seed := uint64(time.Now().UnixNano())
 	rng := rand.New(rand.NewPCG(seed, 0)) //nolint:gosec // moments
 	var logs strings.Builder
-	for range 12 {
+	for i := 0; i < 12 || count() < fewestPods && !t.Failed(); i++ {
 		timer := time.NewTimer(time.Duration(rng.IntN(700)) * time.Millisecond)
 		<-timer.C
 		a.kill()
@@ -424,7 +422,7 @@ func TestPrivilegedKilled(t *testing.T) {
 		}
 		a = b.start()
 	}
-	n := stop()
+	stop()
 	a.ready()
 	testbed.Eventually(t, "the entry", func() bool { return b.entry() != nil })
 	b.expectInstalled()
@@ -435,8 +433,9 @@ func TestPrivilegedKilled(t *testing.T) {
 	a.end()
 	logs.WriteString(a.out.String())
 	lines := strings.Count(logs.String(), `msg="pod is redirected"`)
+	n := count()
 	t.Logf("seed %d: %d pods, %d lines", seed, n, lines)
-	if n < 10 || lines < n {
+	if lines < n {
 		t.Errorf("%d pods, and only %d lines of them in the log", n, lines)
 	}
 }

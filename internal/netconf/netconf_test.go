@@ -298,6 +298,8 @@ func TestPrevAddrs(t *testing.T) {
 		{name: "address", in: `{"ips":[{"address":"10.0.0.1"}]}`, err: `ips[0].address: "10.0.0.1" is not an address with its prefix length`},
 		{name: "no address", in: `{"ips":[{}]}`, err: `ips[0].address: "" is not`},
 		{name: "index", in: `{"interfaces":[{"sandbox":"/n"}],"ips":[{"address":"10.0.0.1/8","interface":1}]}`, err: "ips[0].interface: 1 is not the index of one of its 1 interfaces"},
+		{name: "null for an address", in: `{"ips":[{"address":"10.0.0.1/8"},null]}`, err: "ips[1]: null is not an address"},
+		{name: "null for an interface", in: `{"interfaces":[null],"ips":[{"address":"10.0.0.1/8","interface":0}]}`, err: "interfaces[0]: null is not an interface"},
 		{name: "negative index", in: `{"ips":[{"address":"10.0.0.1/8","interface":-1}]}`, err: "ips[0].interface: -1"},
 		{name: "old form", in: `{"cniVersion":"0.2.0","ip4":{"ip":"10.0.0.1/8"}}`, err: `cniVersion: "0.2.0" is not one of`},
 		{name: "version of no meaning", in: `{"cniVersion":""}`, err: `cniVersion: "" is not one of`},
@@ -369,6 +371,8 @@ func TestResultConverted(t *testing.T) {
 func FuzzParse(f *testing.F) {
 	f.Add([]byte(full))
 	f.Add([]byte(`{"type":"shunt-cni","cniVersion":"1.1.0","prevResult":{"interfaces":[{"sandbox":"/n"}],"ips":[{"address":"10.0.0.1/8","interface":0}]}}`))
+	f.Add([]byte(`{"type":"shunt-cni","cniVersion":"0.4.0","prevResult":{"cniVersion":"1.0.0","interfaces":[null],"routes":[null],"dns":null}}`))
+	f.Add([]byte(`{"type":"shunt-cni","cniVersion":"1.0.0","prevResult":{"cniVersion":"0.4.0","ips":[null],"interfaces":[{}],"routes":[{"dst":"0.0.0.0/0"}]}}`))
 	f.Add([]byte(`{"type":"shunt-cni","cni.dev/valid-attachments":[{"containerID":"a","ifname":"eth0"}]}`))
 	f.Add([]byte(`{"type":"shunt-cni","proxy":{"uid":1,"uid":2}} x`))
 	f.Fuzz(func(t *testing.T, data []byte) {

@@ -16,10 +16,10 @@ import (
 // prevResult is what is read of a prevResult; the rest passes unread.
 type prevResult struct {
 	CNIVersion *string `json:"cniVersion"`
-	Interfaces []struct {
+	Interfaces []*struct {
 		Sandbox string `json:"sandbox"`
 	} `json:"interfaces"`
-	IPs []struct {
+	IPs []*struct {
 		Address   string `json:"address"`
 		Interface *int   `json:"interface"`
 	} `json:"ips"`
@@ -39,6 +39,13 @@ func (c *Config) prev() (*prevResult, error) {
 	}
 	if p.CNIVersion != nil && !slices.Contains(resultVersions, *p.CNIVersion) {
 		return nil, undecodable("cniVersion: %q is not one of %v", *p.CNIVersion, resultVersions)
+	}
+	// The library that converts results follows each pointer.
+	if i := slices.Index(p.Interfaces, nil); i >= 0 {
+		return nil, undecodable("interfaces[%d]: null is not an interface", i)
+	}
+	if i := slices.Index(p.IPs, nil); i >= 0 {
+		return nil, undecodable("ips[%d]: null is not an address", i)
 	}
 	return &p, nil
 }

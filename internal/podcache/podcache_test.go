@@ -189,11 +189,17 @@ func (n *node) eventually(f func() error) {
 	}
 }
 
-// ask is the plugin's question.
+// ask is the plugin's question. The plugin waits a second for an answer, and asks
+// the API server then; on a machine that is busy the test asks again.
 func (n *node) ask(name, uid string) (*redirect.Pod, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
 	defer cancel()
-	return podfacts.NewAgent(n.runDir).Pod(ctx, "ns", name, uid)
+	for {
+		pod, err := podfacts.NewAgent(n.runDir).Pod(ctx, "ns", name, uid)
+		if !errors.Is(err, os.ErrDeadlineExceeded) || ctx.Err() != nil {
+			return pod, err
+		}
+	}
 }
 
 // gets counts the pods that were got live.
@@ -371,7 +377,7 @@ func TestShared(t *testing.T) {
 		}
 	}
 	// On a busy machine some may come after the first have been answered.
-	if got := n.gets(); got < 1 || got > 5 {
+	if got := n.gets(); got < 1 || got > askers/2 {
 		t.Errorf("%d requests", got)
 	}
 	lift()

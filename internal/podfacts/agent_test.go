@@ -184,7 +184,7 @@ func TestAgentFirst(t *testing.T) {
 	none := NewAPIServer(filepath.Join(dir, "none"), "test")
 	config := NewAPIServer(api.WriteKubeconfig(t, t.TempDir()), "test")
 
-	if _, err := fetcher(time.Second, NewAgent(dir), config).Pod(t.Context(), "ns", "p", "right"); err != nil || len(api.Requests()) != 1 {
+	if _, err := fetcher(30*time.Second, NewAgent(dir), config).Pod(t.Context(), "ns", "p", "right"); err != nil || len(api.Requests()) != 1 {
 		t.Errorf("without an agent: %v", err)
 	}
 	var asked atomic.Int32
@@ -197,14 +197,14 @@ func TestAgentFirst(t *testing.T) {
 		}
 		_ = json.NewEncoder(w).Encode(pod(uid))
 	})
-	if _, err := fetcher(time.Second, NewAgent(dir), none).Pod(t.Context(), "ns", "p", "right"); err != nil || asked.Load() != 1 {
+	if _, err := fetcher(30*time.Second, NewAgent(dir), none).Pod(t.Context(), "ns", "p", "right"); err != nil || asked.Load() != 1 {
 		t.Errorf("with an agent, and without a kubeconfig: %v", err)
 	}
 	old.Store(true) // it has another pod by that name
-	if _, err := fetcher(time.Second, NewAgent(dir), config).Pod(t.Context(), "ns", "p", "right"); err != nil || len(api.Requests()) != 2 {
+	if _, err := fetcher(30*time.Second, NewAgent(dir), config).Pod(t.Context(), "ns", "p", "right"); err != nil || len(api.Requests()) != 2 {
 		t.Errorf("with an agent that is behind: %v", err)
 	}
-	_, err := fetcher(300*time.Millisecond, NewAgent(dir), none).Pod(t.Context(), "ns", "p", "right")
+	_, err := fetcher(oneAnswer, NewAgent(dir), none).Pod(t.Context(), "ns", "p", "right")
 	for _, want := range []string{"the node agent by " + dir + "/agent.sock: asked ", "has not the uid right", "the API server by " + dir + "/none: asked 1 time", os.ErrNotExist.Error()} {
 		if err == nil || !strings.Contains(err.Error(), want) && !errors.Is(err, os.ErrNotExist) {
 			t.Errorf("got %v, want %q", err, want)

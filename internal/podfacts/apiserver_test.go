@@ -29,6 +29,10 @@ func named(name string) *redirect.Pod {
 	return p
 }
 
+// oneAnswer is within which an answer comes, by TLS, under -race and on a machine
+// that is busy. Each test that has it takes as long.
+const oneAnswer = 2 * time.Second
+
 // TestAPIServer: what the server answers, and what comes of it.
 func TestAPIServer(t *testing.T) {
 	type fault = testbed.APIFault
@@ -54,18 +58,19 @@ func TestAPIServer(t *testing.T) {
 		{name: "wrong uid, then right", faults: []fault{{Pod: pod("old")}, {Pod: pod("old")}}, requests: 3},
 		{name: "another pod, then the pod", faults: []fault{{Pod: named("q")}}, requests: 2},
 		{name: "malformed, then fine", faults: []fault{{Body: []byte(`{"metadata":`)}, {Body: []byte(`{"kind":"Node"}`)}}, requests: 3},
-		{name: "500", faults: always(fault{Status: 500, Message: "etcd is down"}), timeout: 500 * time.Millisecond, want: []string{"500 Internal Server Error: etcd is down", "the API server by "}},
-		{name: "404", faults: always(fault{Status: 404}), timeout: 500 * time.Millisecond, want: []string{"404 Not Found"}},
-		{name: "wrong uid", faults: always(fault{Pod: pod("old")}), timeout: 500 * time.Millisecond, want: []string{"has not the uid right"}},
+		{name: "500", faults: always(fault{Status: 500, Message: "etcd is down"}), timeout: oneAnswer, want: []string{"500 Internal Server Error: etcd is down", "the API server by "}},
+		{name: "404", faults: always(fault{Status: 404}), timeout: oneAnswer, want: []string{"404 Not Found"}},
+		{name: "wrong uid", faults: always(fault{Pod: pod("old")}), timeout: oneAnswer, want: []string{"has not the uid right"}},
 		{name: "hanging", faults: always(fault{Hang: true}), timeout: 500 * time.Millisecond, requests: 1, want: []string{"asked 1 time", "deadline exceeded"}},
 		{name: "too long to wait", faults: always(fault{Status: 429, RetryAfter: 60}), requests: 1, want: []string{"429 Too Many Requests"}},
 		{name: "401", faults: always(fault{Status: 401}), requests: 1, want: []string{"401 Unauthorized", "credentials are not valid"}},
 		{name: "403", faults: always(fault{Status: 403, Message: `pods "p" is forbidden`}), requests: 1, want: []string{`403 Forbidden: pods "p" is forbidden`, "allow the kubeconfig's user to get pods"}},
 		{name: "400", faults: always(fault{Status: 400}), requests: 1, want: []string{"400 Bad Request"}},
 		{name: "redirected", faults: always(fault{Status: 301}), requests: 1, want: []string{"301 Moved Permanently"}},
-		{name: "too big", faults: always(fault{Body: make([]byte, 8<<20+1)}), timeout: 500 * time.Millisecond, want: []string{"larger than 8388608 bytes"}},
+		{name: "too big", faults: always(fault{Body: make([]byte, 8<<20+1)}), timeout: 2 * oneAnswer, want: []string{"larger than 8388608 bytes"}},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
+			t.Parallel()
 			s := testbed.NewAPIServer(t)
 			s.SetPod(t, "ns", "p", pod("right"))
 			s.Fail(tc.faults...)
@@ -101,7 +106,7 @@ func TestNoServer(t *testing.T) {
 	if err := os.WriteFile(path, []byte(config), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	_, err := fetcher(500*time.Millisecond, NewAPIServer(path, "test")).Pod(t.Context(), "ns", "p", "u")
+	_, err := fetcher(oneAnswer, NewAPIServer(path, "test")).Pod(t.Context(), "ns", "p", "u")
 	var e *Error
 	if !errors.As(err, &e) || e.Tries[0].Count < 2 || !strings.Contains(err.Error(), "connection refused") {
 		t.Errorf("got %v", err)

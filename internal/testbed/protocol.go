@@ -120,6 +120,10 @@ type ConnectResult struct {
 	Elapsed time.Duration `json:"elapsed"`          // of the connect alone
 }
 
+// AtOnce says that no SYN was lost on the way: it is sent again after a second
+// (TCP_TIMEOUT_INIT). Whatever takes less may be the machine, which is busy.
+func (r ConnectResult) AtOnce() bool { return r.Elapsed < 990*time.Millisecond }
+
 // Connected says whether the connect itself succeeded.
 func (r ConnectResult) Connected() bool {
 	return r.Errno == "" || r.Step == StepGreeting || r.Step == StepClose

@@ -437,7 +437,7 @@ var dnsCases = []dnsCase{
 	}},
 	{name: "by an interface that IP_PKTINFO names", differs: "the interface is fixed before the hook", run: func(t *testing.T, d *dnsPod, x dnsArgs) []answer {
 		u := x.socket(t, d.app)
-		_ = unix.SetsockoptTimeval(u.fd(), unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Usec: 200000})
+		_ = unix.SetsockoptTimeval(u.fd(), unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Usec: 500000})
 		oob := unix.PktInfo4(&unix.Inet4Pktinfo{Ifindex: int32(eth0(t, d))})
 		if x.form == "IPv6" {
 			oob = unix.PktInfo6(&unix.Inet6Pktinfo{Ifindex: uint32(eth0(t, d))})
@@ -454,7 +454,7 @@ var dnsCases = []dnsCase{
 		for _, connected := range []bool{false, true} {
 			root := d.Actor(t, "root", 0, 0, testbed.WithCaps(unix.CAP_NET_RAW))
 			u := udpSocket(t, root, testbed.SocketSpec{Family: x.family, Device: "eth0"})
-			_ = unix.SetsockoptTimeval(u.fd(), unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Usec: 200000})
+			_ = unix.SetsockoptTimeval(u.fd(), unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Usec: 500000})
 			if connected {
 				out = append(out, u.askConnected("c", x.dst[0]))
 			} else {

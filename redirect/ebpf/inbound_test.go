@@ -215,11 +215,12 @@ func testReusePort(t *testing.T, n *node) {
 		} {
 			t.Run(fmt.Sprintf("%s/%s/%v stay", how, x.name, x.stay), func(t *testing.T) {
 				c := newCrowd(t, n, x.workers, x.each, "both")
-				for name, served := range c.check(t, "all are there", 40*x.workers) {
+				served := c.check(t, "all are there", 40*x.workers)
+				for _, a := range c.workers {
 					// 40 a process on average: less than 8 has a chance of
 					// one in ten thousand millions.
-					if served < 8 {
-						t.Errorf("%s has served %d of %d", name, served, 40*x.workers)
+					if served[a.Name] < 8 {
+						t.Errorf("%s has served %d of %d", a.Name, served[a.Name], 40*x.workers)
 					}
 				}
 				stays := map[int]bool{}

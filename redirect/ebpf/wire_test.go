@@ -260,15 +260,15 @@ func (w *wire) receive(patience time.Duration, ok func(received) bool) (received
 	w.t.Helper()
 	buf, oob := make([]byte, 64<<10), make([]byte, 256)
 	for deadline := time.Now().Add(patience); ; {
-		left := time.Until(deadline)
-		if left <= 0 {
-			return received{}, false
-		}
-		n, err := unix.Poll([]unix.PollFd{{Fd: int32(w.fd), Events: unix.POLLIN}}, int(left.Milliseconds())+1)
+		left := max(time.Until(deadline), 0) // what has come is looked at, however late
+		n, err := unix.Poll([]unix.PollFd{{Fd: int32(w.fd), Events: unix.POLLIN}}, int(left.Milliseconds()))
 		if err != nil && err != unix.EINTR {
 			w.t.Fatal(err)
 		}
 		if n <= 0 {
+			if left == 0 {
+				return received{}, false
+			}
 			continue
 		}
 		n, oobn, _, _, err := unix.Recvmsg(w.fd, buf, oob, unix.MSG_DONTWAIT)
