@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"strings"
 )
 
 // A Pod is what the rules need of a Kubernetes Pod. Its fields carry the names
@@ -67,7 +68,8 @@ type SecurityContext struct {
 // ParsePod decodes the JSON of a Kubernetes Pod (core/v1). Unknown fields are
 // ignored, and apiVersion and kind may be absent. An object of another kind
 // and an object without containers are errors: the rules would take either
-// for a pod that has no proxy, and let it go unredirected.
+// for a pod that has no proxy, and let it go unredirected. Errors have 1 KiB at
+// most, in valid UTF-8, whatever data is.
 func ParsePod(data []byte) (*Pod, error) {
 	var obj struct {
 		APIVersion string `json:"apiVersion"`
@@ -75,18 +77,27 @@ func ParsePod(data []byte) (*Pod, error) {
 		Pod
 	}
 	if err := json.Unmarshal(data, &obj); err != nil {
-		return nil, fmt.Errorf("parse pod: %w", err)
+		return nil, fmt.Errorf("parse pod: %s", shortened(err.Error())) // which may quote a number of any length
 	}
 	if kind := obj.Kind; kind != "" && kind != "Pod" {
-		return nil, fmt.Errorf("parse pod: the object is of kind %q, not Pod", kind)
+		return nil, fmt.Errorf("parse pod: the object is of kind %s, not Pod", clip(kind))
 	}
 	if v := obj.APIVersion; v != "" && v != "v1" {
-		return nil, fmt.Errorf("parse pod: the object is of apiVersion %q, not v1", v)
+		return nil, fmt.Errorf("parse pod: the object is of apiVersion %s, not v1", clip(v))
 	}
 	if len(obj.Containers) == 0 {
 		return nil, errors.New("parse pod: the object has no spec.containers: not a Pod")
 	}
 	return &obj.Pod, nil
+}
+
+// shortened cuts a text to what an error may hold of it, as valid UTF-8.
+func shortened(s string) string {
+	const most = 256
+	if len(s) <= most {
+		return strings.ToValidUTF8(s, "")
+	}
+	return strings.ToValidUTF8(s[:most], "") + fmt.Sprintf("... (%d bytes)", len(s))
 }
 
 // keyConfigHash is where the kubelet keeps the UID that a static pod has on

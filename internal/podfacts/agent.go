@@ -3,19 +3,14 @@
 package podfacts
 
 import (
-	"bufio"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"io/fs"
-	"net/http"
 	"net/url"
 	"os"
 	"path/filepath"
-	"strconv"
-	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -30,8 +25,6 @@ const (
 	// hungFor is how long an agent that has not answered is not asked again:
 	// the API server's answer is not held up by it a second time.
 	hungFor = 5 * time.Second
-	// maxAnswer bounds what is read of an answer, in bytes.
-	maxAnswer = 8 << 20
 )
 
 // An Agent is the node agent as a Source. A question is some ten system calls:
@@ -75,59 +68,13 @@ func (a *Agent) Pod(ctx context.Context, namespace, name, uid string) (*redirect
 	if err := conn.write([]byte(request)); err != nil {
 		return nil, hung(fmt.Errorf("ask: %w", err))
 	}
-	return readAnswer(conn)
-}
-
-// readAnswer reads what the agent says. Errors have maxError bytes at most,
-// whatever it says.
-func readAnswer(r io.Reader) (*redirect.Pod, error) {
-	resp, err := http.ReadResponse(bufio.NewReader(r), nil) //nolint:bodyclose // to close it is to read all of it; the caller closes
-	if err != nil {
-		return nil, hung(fmt.Errorf("read the answer: %w", err))
-	}
-	body, err := io.ReadAll(io.LimitReader(resp.Body, maxAnswer+1))
-	switch {
-	case err != nil:
-		return nil, hung(fmt.Errorf("read the answer: %w", err))
-	case len(body) > maxAnswer:
-		return nil, fmt.Errorf("read the answer: it is larger than %d bytes", maxAnswer)
-	case resp.StatusCode != http.StatusOK:
-		return nil, refusal(resp, body)
-	}
-	pod, err := redirect.ParsePod(body)
-	if err != nil {
-		return nil, fmt.Errorf("read the answer: %w", err)
-	}
-	return pod, nil
+	return readPod(conn)
 }
 
 // hung lets an agent that has let its time pass alone for a while.
 func hung(err error) error {
 	if errors.Is(err, os.ErrDeadlineExceeded) {
 		return RetryAfter(err, hungFor)
-	}
-	return err
-}
-
-// refusal is what an answer other than 200 means. None is permanent but one
-// that says so of the question: what the API server refuses to tell the agent,
-// it may tell the agent another time, and the plugin at once.
-func refusal(resp *http.Response, body []byte) error {
-	var status struct {
-		Message string `json:"message"`
-	}
-	_ = json.Unmarshal(body, &status) // without a message, the code has to do
-	const most = 1024
-	message := strings.ToValidUTF8(status.Message[:min(len(status.Message), most)], "")
-	err := fmt.Errorf("%d %s: %s", resp.StatusCode, http.StatusText(resp.StatusCode), message)
-	switch resp.StatusCode {
-	case http.StatusBadRequest:
-		return Permanent(err)
-	case http.StatusUnauthorized, http.StatusForbidden:
-		return RetryAfter(fmt.Errorf("%w (allow the agent's service account to get pods in every namespace)", err), hungFor)
-	}
-	if s, parseErr := strconv.ParseUint(resp.Header.Get("Retry-After"), 10, 16); parseErr == nil {
-		return RetryAfter(err, time.Duration(s)*time.Second)
 	}
 	return err
 }

@@ -8,15 +8,20 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
+	"io"
 	"io/fs"
 	"net"
 	"net/http"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"sync/atomic"
 	"testing"
+	"testing/iotest"
 	"time"
+	"unicode/utf8"
 
 	"shunt.dev/shunt/internal/testbed"
 	"shunt.dev/shunt/redirect"
@@ -63,7 +68,10 @@ func TestAgent(t *testing.T) {
 		}
 	}
 	body := func(b []byte) http.HandlerFunc {
-		return func(w http.ResponseWriter, _ *http.Request) { _, _ = w.Write(b) }
+		return func(w http.ResponseWriter, _ *http.Request) {
+			w.Header().Set("Content-Length", strconv.Itoa(len(b)))
+			_, _ = w.Write(b)
+		}
 	}
 	for _, tc := range []struct {
 		name      string
@@ -140,6 +148,7 @@ func TestHangingAgent(t *testing.T) {
 		},
 		"dripping": func(t *testing.T, dir string) {
 			serveAgent(t, dir, func(w http.ResponseWriter, r *http.Request) {
+				w.Header().Set("Content-Length", "1000000")
 				for {
 					if _, err := w.Write([]byte(" ")); err != nil {
 						return
@@ -209,5 +218,59 @@ func TestAgentFirst(t *testing.T) {
 		if err == nil || !strings.Contains(err.Error(), want) && !errors.Is(err, os.ErrNotExist) {
 			t.Errorf("got %v, want %q", err, want)
 		}
+	}
+}
+
+// TestReadAnswer: what is taken for an answer, byte for byte, and in however many
+// pieces it comes; and that no error is longer than an event's message.
+func TestReadAnswer(t *testing.T) {
+	const body = `{"spec":{"containers":[{"name":"app"}]}}`
+	whole := func(headers, body string) string { return "HTTP/1.1 200 OK\r\n" + headers + "\r\n" + body }
+	length := fmt.Sprintf("Content-Length: %d\r\n", len(body))
+	long := strings.Repeat("\x01\xff", 1<<20)
+	for name, tc := range map[string]struct {
+		answer string
+		want   string // empty: a pod
+	}{
+		"pod":                         {whole(length, body), ""},
+		"other headers, other case":   {whole("Date: today\r\nCONTENT-LENGTH:"+strconv.Itoa(len(body))+" \t\r\nX\r\n", body), ""},
+		"HTTP/1.0":                    {strings.Replace(whole(length, body), "1.1", "1.0", 1), ""},
+		"no phrase":                   {strings.Replace(whole(length, body), " OK", "", 1), ""},
+		"something behind it":         {whole(length, body) + "HTTP/1.1 500 x\r\n", ""},
+		"nothing":                     {"", "unexpected EOF"},
+		"half a head":                 {"HTTP/1.1 200 OK\r\n" + length, "unexpected EOF"},
+		"no body":                     {whole(length, ""), "unexpected EOF"},
+		"cut short":                   {whole(length, body[:len(body)-1]), "unexpected EOF"},
+		"one byte more than is there": {whole(fmt.Sprintf("Content-Length: %d\r\n", len(body)+1), body), "unexpected EOF"},
+		"no length":                   {whole("", body), "no Content-Length"},
+		"two lengths":                 {whole(length+length, body), "Content-Length is no length"},
+		"a negative length":           {whole("Content-Length: -1\r\n", body), "Content-Length is no length"},
+		"too large":                   {whole("Content-Length: 8388609\r\n", body), "larger than 8388608 bytes"},
+		"chunked":                     {whole("Transfer-Encoding: chunked\r\n", "0\r\n\r\n"), "Transfer-Encoding"},
+		"both":                        {whole(length+"Transfer-Encoding: chunked\r\n", body), "Transfer-Encoding"},
+		"HTTP/2":                      {"HTTP/2.0 200 OK\r\n" + length + "\r\n" + body, "not HTTP/1.1"},
+		"a code of four digits":       {"HTTP/1.1 2000 OK\r\n" + length + "\r\n" + body, "not HTTP/1.1"},
+		"a negative code":             {"HTTP/1.1 -20 OK\r\n" + length + "\r\n" + body, "not HTTP/1.1"},
+		"an endless head":             {"HTTP/1.1 200 " + long, "head is larger than"},
+		"an endless phrase":           {"HTTP/1.1 503 " + long[:4000] + "\r\nContent-Length: 0\r\n\r\n", "503 \x01"},
+		"an endless message":          {"HTTP/1.1 403 x\r\nContent-Length: 100014\r\n\r\n{\"message\":\"" + strings.Repeat("é", 50000) + "\"}", "403 x: éé"},
+		"an endless kind":             {whole("Content-Length: 100011\r\n", `{"kind":"`+strings.Repeat("x", 100000)+`"}`), "is of kind"},
+		"an endless version":          {whole("Content-Length: 100017\r\n", `{"apiVersion":"`+strings.Repeat("x", 100000)+`"}`), "is of apiVersion"},
+		"an endless number":           {whole("Content-Length: 100009\r\n", `{"kind":`+strings.Repeat("1", 100000)+`}`), "parse pod"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			for _, r := range []io.Reader{strings.NewReader(tc.answer), iotest.OneByteReader(strings.NewReader(tc.answer)), iotest.DataErrReader(strings.NewReader(tc.answer))} {
+				pod, err := readPod(r)
+				if tc.want == "" {
+					if err != nil || len(pod.Containers) != 1 {
+						t.Errorf("got %v, %v", pod, err)
+					}
+					continue
+				}
+				if err == nil || !strings.Contains(err.Error(), tc.want) || len(err.Error()) > 1<<10 || !utf8.ValidString(err.Error()) {
+					t.Errorf("got %v, %q; want %q", pod, err, tc.want)
+				}
+			}
+		})
 	}
 }
