@@ -18,7 +18,9 @@ import (
 	"time"
 
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/status"
 	corev1 "k8s.io/api/core/v1"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 )
@@ -132,8 +134,9 @@ func (f *finder) ask(ctx context.Context, pod *corev1.Pod) (_ *sandbox, err erro
 	ctx, cancel := context.WithTimeout(ctx, criTimeout)
 	defer cancel()
 	defer func() {
-		// One that hangs must not hold up every pod of the node.
-		if ctx.Err() != nil && outer.Err() == nil {
+		// One that hangs must not hold up every pod of the node. Its end of the
+		// connection has the deadline too, and may be the first to say so.
+		if (ctx.Err() != nil || status.Code(err) == codes.DeadlineExceeded) && outer.Err() == nil {
 			f.rest, f.why = time.Now().Add(criRest), err
 		}
 	}()
@@ -155,12 +158,12 @@ func (f *finder) ask(ctx context.Context, pod *corev1.Pod) (_ *sandbox, err erro
 		return nil, errNoSandbox
 	}
 	s := slices.MaxFunc(ready, func(a, b *runtimeapi.PodSandbox) int { return cmp.Compare(a.CreatedAt, b.CreatedAt) })
-	status, err := r.PodSandboxStatus(ctx, &runtimeapi.PodSandboxStatusRequest{PodSandboxId: s.Id, Verbose: true})
+	verbose, err := r.PodSandboxStatus(ctx, &runtimeapi.PodSandboxStatusRequest{PodSandboxId: s.Id, Verbose: true})
 	if err != nil {
 		err = fmt.Errorf("ask the container runtime at %s for sandbox %s: %w", f.at, s.Id, err)
 		return nil, err
 	}
-	netns, pid, err := parseInfo(status.Info)
+	netns, pid, err := parseInfo(verbose.Info)
 	if err != nil {
 		return nil, fmt.Errorf("the container runtime at %s says of sandbox %s: %w", f.at, s.Id, err)
 	}

@@ -17,6 +17,8 @@ import (
 	"time"
 
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 	corev1 "k8s.io/api/core/v1"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 )
@@ -30,6 +32,7 @@ type fakeCRI struct {
 	boxes []*runtimeapi.PodSandbox
 	info  map[string]string // by sandbox
 	hangs bool
+	fails error
 	asked int
 }
 
@@ -87,13 +90,13 @@ func (f *fakeCRI) remove(id string) {
 func (f *fakeCRI) wait(ctx context.Context) error {
 	f.mu.Lock()
 	f.asked++
-	hangs := f.hangs
+	hangs, fails := f.hangs, f.fails
 	f.mu.Unlock()
 	if hangs {
 		<-ctx.Done()
 		return ctx.Err()
 	}
-	return nil
+	return fails
 }
 
 func (f *fakeCRI) ListPodSandbox(ctx context.Context, q *runtimeapi.ListPodSandboxRequest) (*runtimeapi.ListPodSandboxResponse, error) {
@@ -223,9 +226,22 @@ func TestFind(t *testing.T) {
 		}
 	}
 	cri.mu.Lock()
-	defer cri.mu.Unlock()
 	if took := time.Since(start); took > 2*criTimeout || cri.asked != 1 {
 		t.Errorf("it was asked %d times, in %v", cri.asked, took)
+	}
+	// Nor is one that says itself, and before us, that the time is over.
+	cri.hangs, cri.fails, cri.asked = false, status.Error(codes.DeadlineExceeded, "late"), 0
+	f.rest = time.Time{}
+	cri.mu.Unlock()
+	for range 3 {
+		if _, err := f.find(t.Context(), pod); err == nil || !strings.Contains(err.Error(), "late") {
+			t.Errorf("a runtime that says that it hangs: %v", err)
+		}
+	}
+	cri.mu.Lock()
+	defer cri.mu.Unlock()
+	if cri.asked != 1 {
+		t.Errorf("it was asked %d times", cri.asked)
 	}
 	none := &finder{socket: filepath.Join(dir, "nosuch"), proc: "/nosuch", log: f.log}
 	if _, err := none.find(t.Context(), pod); err == nil || !strings.Contains(err.Error(), "--cri-socket") {

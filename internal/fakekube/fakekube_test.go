@@ -200,9 +200,13 @@ func TestInterrupted(t *testing.T) {
 		t.Fatal(err)
 	}
 	has(t, names, "e")
-	if got := events(); len(got) != 9 {
-		t.Errorf("events: %q", got)
-	}
+	// The store knows before the handlers do.
+	eventually(t, func() error {
+		if got := events(); len(got) != 9 {
+			return fmt.Errorf("events: %q", got)
+		}
+		return nil
+	})
 }
 
 // TestWatch: frames as the API server sends them.
