@@ -9,7 +9,6 @@ import (
 	"slices"
 	"testing"
 
-
 	"shunt.dev/shunt/internal/testbed"
 	"shunt.dev/shunt/loader"
 	"shunt.dev/shunt/redirect"
