@@ -40,13 +40,19 @@ const (
 	notes path = "ebpf-note"
 	// watches: and a socket that closes before the other has read it takes its note away.
 	watches path = "ebpf-watch"
+	// keeps does as much in another way, without storage: what a socket has to know is in
+	// maps, which can overflow, from connect until it closes.
+	keeps path = "ebpf-maps"
 )
 
 // parts are these paths, in their order.
-var parts = []path{hooks, rewrites, binds, storesOne, storesBoth, notes, watches}
+var parts = []path{hooks, rewrites, binds, storesOne, storesBoth, notes, watches, keeps}
 
 // has reports whether programs of p do what those of q add.
 func (p path) has(q path) bool {
+	if p == keeps {
+		p = binds // and what is its own
+	}
 	at := map[path]int{}
 	for i, one := range parts {
 		at[one] = i
@@ -70,12 +76,20 @@ const (
 
 // partMaps are those of a pod's programs: what they keep is as large as Shunt's own.
 type partMaps struct {
-	sockets, notes *ebpf.Map
+	sockets *ebpf.Map // storage
+	notes   *ebpf.Map // by a connection's ends
+	origins *ebpf.Map // by a socket's cookie
+}
+
+func (m partMaps) close() {
+	m.sockets.Close()
+	m.notes.Close()
+	m.origins.Close()
 }
 
 func newPartMaps(b *testing.B) partMaps {
 	b.Helper()
-	make := func(spec ebpf.MapSpec) *ebpf.Map {
+	newMap := func(spec ebpf.MapSpec) *ebpf.Map {
 		spec.Flags = unix.BPF_F_NO_PREALLOC
 		m, err := ebpf.NewMap(&spec)
 		if err != nil {
@@ -89,8 +103,9 @@ func newPartMaps(b *testing.B) partMaps {
 	}
 	sockets, inflight := all.Maps[bpf.ShuntMapSockets], all.Maps[bpf.ShuntMapInflight]
 	return partMaps{
-		sockets: make(ebpf.MapSpec{Name: "sockets", Type: ebpf.SkStorage, KeySize: 4, ValueSize: sockets.ValueSize, Key: sockets.Key, Value: sockets.Value}),
-		notes:   make(ebpf.MapSpec{Name: "notes", Type: ebpf.Hash, KeySize: inflight.KeySize, ValueSize: inflight.ValueSize, MaxEntries: inflight.MaxEntries}),
+		sockets: newMap(ebpf.MapSpec{Name: "sockets", Type: ebpf.SkStorage, KeySize: 4, ValueSize: sockets.ValueSize, Key: sockets.Key, Value: sockets.Value}),
+		origins: newMap(ebpf.MapSpec{Name: "origins", Type: ebpf.Hash, KeySize: 8, ValueSize: sockets.ValueSize, MaxEntries: inflight.MaxEntries}),
+		notes:   newMap(ebpf.MapSpec{Name: "notes", Type: ebpf.Hash, KeySize: inflight.KeySize, ValueSize: inflight.ValueSize, MaxEntries: inflight.MaxEntries}),
 	}
 }
 
@@ -128,6 +143,20 @@ func connectPart(p path, m partMaps, own netip.Addr) asm.Instructions {
 		code = append(code,
 			asm.LoadMem(asm.R1, asm.R6, addrPort, asm.Word),
 			asm.StoreMem(asm.R0, 4, asm.R1, asm.Word))
+	}
+	if p == keeps {
+		value := int16(m.origins.ValueSize())
+		code = append(code, clear(cookieAt-value, value)...)
+		for i := range words {
+			code = append(code,
+				asm.LoadMem(asm.R1, asm.R6, at+int16(4*i), asm.Word),
+				asm.StoreMem(asm.RFP, cookieAt-value+int16(8+4*i), asm.R1, asm.Word))
+		}
+		code = append(code, m.origin()...)
+		code = append(code,
+			asm.Mov.Reg(asm.R3, asm.RFP), asm.Add.Imm(asm.R3, int32(cookieAt-value)),
+			asm.Mov.Imm(asm.R4, 0),
+			asm.FnMapUpdateElem.Call())
 	}
 	if p.has(binds) {
 		for i := range size / 4 {
@@ -169,7 +198,22 @@ func clear(from, size int16) (code asm.Instructions) {
 	return code
 }
 
-const noteAt = -48 // of the stack
+// Of the stack.
+const (
+	noteAt   = -48
+	cookieAt = -96
+)
+
+// origin writes the socket's cookie there and has R1 and R2 say so to a helper.
+func (m partMaps) origin() asm.Instructions {
+	return asm.Instructions{
+		asm.Mov.Reg(asm.R1, asm.R6),
+		asm.FnGetSocketCookie.Call(),
+		asm.StoreMem(asm.RFP, cookieAt, asm.R0, asm.DWord),
+		asm.LoadMapPtr(asm.R1, m.origins.FD()),
+		asm.Mov.Reg(asm.R2, asm.RFP), asm.Add.Imm(asm.R2, cookieAt),
+	}
+}
 
 // note writes a struct tuple there and has R1 and R2 say so to a helper. The ports
 // are enough to tell a pod's connections to its proxy apart here.
@@ -192,27 +236,37 @@ func (m partMaps) again() asm.Instructions {
 	return asm.Instructions{asm.LoadMapPtr(asm.R1, m.notes.FD()), asm.Mov.Reg(asm.R2, asm.RFP), asm.Add.Imm(asm.R2, noteAt)}
 }
 
+// insert makes a note of zeros, and has state callbacks come if they are to.
+func (m partMaps) insert(watch bool) asm.Instructions {
+	value := int16(m.notes.ValueSize())
+	code := clear(noteAt-value, value)
+	code = append(code, m.note(false)...)
+	code = append(code,
+		asm.Mov.Reg(asm.R3, asm.RFP), asm.Add.Imm(asm.R3, int32(noteAt-value)),
+		asm.Mov.Imm(asm.R4, 0),
+		asm.FnMapUpdateElem.Call())
+	if watch {
+		code = append(code, watchState()...)
+	}
+	return code
+}
+
+func watchState() asm.Instructions {
+	return asm.Instructions{asm.Mov.Reg(asm.R1, asm.R6), asm.Mov.Imm(asm.R2, stateFlag), asm.FnSockOpsCbFlagsSet.Call()}
+}
+
 // sockopsPart is the program at sockops.
 func sockopsPart(p path, m partMaps) asm.Instructions {
+	if p == keeps {
+		return sockopsKeeps(m)
+	}
 	code := asm.Instructions{
 		asm.Mov.Reg(asm.R6, asm.R1),
 		asm.LoadMem(asm.R7, asm.R6, opsOp, asm.Word),
 	}
 	if p.has(notes) {
-		value := int16(m.notes.ValueSize())
 		code = append(code, asm.JNE.Imm(asm.R7, onTCPConnect, "accept"))
-		code = append(code, clear(noteAt-value, value)...)
-		code = append(code, m.note(false)...)
-		code = append(code,
-			asm.Mov.Reg(asm.R3, asm.RFP), asm.Add.Imm(asm.R3, int32(noteAt-value)),
-			asm.Mov.Imm(asm.R4, 0),
-			asm.FnMapUpdateElem.Call())
-		if p.has(watches) {
-			code = append(code,
-				asm.Mov.Reg(asm.R1, asm.R6),
-				asm.Mov.Imm(asm.R2, stateFlag),
-				asm.FnSockOpsCbFlagsSet.Call())
-		}
+		code = append(code, m.insert(p.has(watches))...)
 		code = append(code, asm.Ja.Label("out"))
 	}
 	if p.has(storesBoth) {
@@ -239,8 +293,7 @@ func sockopsPart(p path, m partMaps) asm.Instructions {
 			code = append(code, asm.FnMapDeleteElem.Call())
 		}
 		code = append(code, asm.Ja.Label("out"))
-		state := asm.JNE.Imm(asm.R7, onState, "out").WithSymbol("state")
-		code = append(code, state)
+		code = append(code, asm.JNE.Imm(asm.R7, onState, "out").WithSymbol("state"))
 		if p.has(watches) {
 			code = append(code,
 				asm.LoadMem(asm.R1, asm.R6, opsState, asm.Word),
@@ -256,6 +309,49 @@ func sockopsPart(p path, m partMaps) asm.Instructions {
 	return append(code, asm.Mov.Imm(asm.R0, 1).WithSymbol("out"), asm.Return())
 }
 
+// sockopsKeeps is that of keeps: the accepted socket marks the note as its own, and
+// the last of those that need it takes it away.
+func sockopsKeeps(m partMaps) asm.Instructions {
+	const taken = 8 // in a note's value
+	code := asm.Instructions{
+		asm.Mov.Reg(asm.R6, asm.R1),
+		asm.LoadMem(asm.R7, asm.R6, opsOp, asm.Word),
+		asm.JNE.Imm(asm.R7, onTCPConnect, "accept"),
+	}
+	code = append(code, m.origin()...)
+	code = append(code, asm.FnMapLookupElem.Call(), asm.JEq.Imm(asm.R0, 0, "out"))
+	code = append(code, m.insert(true)...)
+	code = append(code, asm.Ja.Label("out"), asm.JNE.Imm(asm.R7, onPassiveEstablished, "state").WithSymbol("accept"))
+	code = append(code, m.note(true)...)
+	code = append(code,
+		asm.FnMapLookupElem.Call(),
+		asm.JEq.Imm(asm.R0, 0, "out"),
+		asm.Mov.Imm(asm.R1, 1),
+		asm.StoreMem(asm.R0, taken, asm.R1, asm.DWord))
+	code = append(code, watchState()...)
+	code = append(code,
+		asm.Ja.Label("out"),
+		asm.JNE.Imm(asm.R7, onState, "out").WithSymbol("state"),
+		asm.LoadMem(asm.R1, asm.R6, opsState, asm.Word),
+		asm.JNE.Imm(asm.R1, stateClose, "out"),
+		asm.LoadMem(asm.R1, asm.R6, opsLocalPort, asm.Word),
+		asm.JEq.Imm(asm.R1, proxyPort, "accepted"))
+	code = append(code, m.origin()...)
+	code = append(code, asm.FnMapDeleteElem.Call())
+	code = append(code, m.note(false)...)
+	code = append(code,
+		asm.FnMapLookupElem.Call(),
+		asm.JEq.Imm(asm.R0, 0, "out"),
+		asm.LoadMem(asm.R1, asm.R0, taken, asm.DWord),
+		asm.JNE.Imm(asm.R1, 0, "out"))
+	code = append(code, m.again()...)
+	code = append(code, asm.FnMapDeleteElem.Call(), asm.Ja.Label("out"))
+	accepted := m.note(true)
+	accepted[0] = accepted[0].WithSymbol("accepted")
+	code = append(code, accepted...)
+	return append(code, asm.FnMapDeleteElem.Call(), asm.Mov.Imm(asm.R0, 1).WithSymbol("out"), asm.Return())
+}
+
 // attachPart attaches a path's programs to a pod. It gives what takes them away.
 func attachPart(b *testing.B, p *testbed.Pod, by path) (detach func()) {
 	b.Helper()
@@ -265,8 +361,7 @@ func attachPart(b *testing.B, p *testbed.Pod, by path) (detach func()) {
 	}
 	defer netns.Close()
 	m := newPartMaps(b)
-	defer m.sockets.Close()
-	defer m.notes.Close()
+	defer m.close()
 	nothing := asm.Instructions{asm.Mov.Imm(asm.R0, 1), asm.Return()} // go on
 	var closers []io.Closer
 	for _, h := range []struct {

@@ -550,7 +550,7 @@ func (b *builder) data() {
 func (b *builder) parts() {
 	b.say("Medians, and the ratio to a plain loopback dial of the proxy. The columns from ebpf-empty to ebpf-watch are of the benchmark's own programs at the same hooks, which decide nothing and do one thing more from column to column: " +
 		"nothing; the destination is rewritten; the socket is bound to the pod's address; it has storage for its original destination; so has the accepted socket; the destination goes from one to the other by a note in a map; " +
-		"a socket that closes early takes its note away. A redirection that keeps all of that can cost no less than the last.")
+		"a socket that closes early takes its note away. A redirection that keeps all of that so can cost no less. ebpf-maps: the same with maps in the place of storage, which can overflow.")
 	for _, u := range b.units("DataParts") {
 		b.say("**%s**%s", capital(unitName(u)), rateRemark(u))
 		b.pivot(b.s.of("DataParts", u), "plain")
