@@ -5,15 +5,9 @@
 package bench
 
 import (
-	"io"
 	"net/netip"
-	"os"
 	"slices"
 	"testing"
-
-	"github.com/cilium/ebpf"
-	"github.com/cilium/ebpf/asm"
-	"github.com/cilium/ebpf/link"
 
 	"shunt.dev/shunt/internal/testbed"
 	"shunt.dev/shunt/loader"
@@ -39,9 +33,6 @@ const (
 	// direct is the proxy's own way to its app, at loopback, in a pod that
 	// eBPF redirects: it is looked at, and let alone.
 	direct path = "direct"
-	// hooks is a pod like plain's, with programs at the hooks that do nothing:
-	// what no program there can fall short of.
-	hooks path = "ebpf-empty"
 )
 
 const (
@@ -67,9 +58,14 @@ type dataNode struct {
 	opts     loader.Options
 	backend  *backend.Backend
 	attached bool
-	pods     []attachment   // behind eBPF
-	empty    []*testbed.Pod // with empty programs
-	detach   []func()       // takes those away
+	pods     []attachment // behind eBPF
+	parts    []part       // with programs of the benchmark's own
+	detach   []func()     // takes those away
+}
+
+type part struct {
+	pod  *testbed.Pod
+	path path
 }
 
 type attachment struct {
@@ -101,12 +97,12 @@ func newDataNode(b *testing.B) *dataNode {
 func (n *dataNode) pod(b *testing.B, by path, mutators ...testbed.PodMutator) *testbed.Pod {
 	b.Helper()
 	p := testbed.NewPod(b, testbed.InWorld(n.world))
-	switch by {
-	case plain:
+	if by == plain {
 		return p
-	case hooks:
-		n.empty = append(n.empty, p)
-		n.detach = append(n.detach, attachNothing(b, p))
+	}
+	if slices.Contains(parts, by) {
+		n.parts = append(n.parts, part{p, by})
+		n.detach = append(n.detach, attachPart(b, p, by))
 		return p
 	}
 	pod, err := redirect.ParsePod(p.Injected(mutators...))
@@ -151,55 +147,6 @@ func (n *dataNode) pod(b *testing.B, by path, mutators ...testbed.PodMutator) *t
 	return p
 }
 
-// attachNothing attaches programs that do nothing to the hooks that a redirected
-// connection passes: as many, in the same order. It gives what takes them away.
-func attachNothing(b *testing.B, p *testbed.Pod) (detach func()) {
-	b.Helper()
-	netns, err := os.Open(p.NetnsPath())
-	if err != nil {
-		b.Fatal(err)
-	}
-	defer netns.Close()
-	var closers []io.Closer
-	for _, h := range []struct {
-		program ebpf.ProgramType
-		attach  ebpf.AttachType
-	}{
-		{ebpf.CGroupSockAddr, ebpf.AttachCGroupInet4Connect},
-		{ebpf.CGroupSockAddr, ebpf.AttachCGroupInet6Connect},
-		{ebpf.SockOps, ebpf.AttachCGroupSockOps},
-		{ebpf.CGroupSockopt, ebpf.AttachCGroupGetsockopt},
-		{ebpf.SkLookup, ebpf.AttachSkLookup},
-		{ebpf.SkLookup, ebpf.AttachSkLookup},
-	} {
-		prog, err := ebpf.NewProgram(&ebpf.ProgramSpec{
-			Name: "nothing", Type: h.program, AttachType: h.attach, License: "Dual BSD/GPL",
-			Instructions: asm.Instructions{asm.Mov.Imm(asm.R0, 1), asm.Return()}, // go on
-		})
-		if err != nil {
-			b.Fatalf("load an empty program for %v: %v", h.attach, err)
-		}
-		defer prog.Close()
-		var l io.Closer
-		if h.program == ebpf.SkLookup {
-			l, err = link.AttachNetNs(int(netns.Fd()), prog)
-		} else {
-			l, err = link.AttachCgroup(link.CgroupOptions{Path: p.CgroupPath(), Attach: h.attach, Program: prog})
-		}
-		if err != nil {
-			b.Fatalf("attach an empty program to %v: %v", h.attach, err)
-		}
-		closers = append(closers, l)
-	}
-	return func() {
-		for _, c := range closers {
-			if err := c.Close(); err != nil {
-				b.Errorf("detach an empty program: %v", err)
-			}
-		}
-	}
-}
-
 // attach has eBPF redirect its pods, or nobody on the node.
 func (n *dataNode) attach(b *testing.B, on bool) {
 	b.Helper()
@@ -212,8 +159,8 @@ func (n *dataNode) attach(b *testing.B, on bool) {
 	}
 	n.detach = nil
 	if on {
-		for _, p := range n.empty {
-			n.detach = append(n.detach, attachNothing(b, p))
+		for _, p := range n.parts {
+			n.detach = append(n.detach, attachPart(b, p.pod, p.path))
 		}
 	}
 	for _, a := range n.pods {
@@ -314,7 +261,8 @@ func (l lane) check(b *testing.B, family int) {
 	b.Helper()
 	got, _ := l.run(b, family, order{Op: opAsk, N: 1}, order{Op: opConverse, N: 1})
 	want := l.dials[family]
-	if got.Dst != want && (got.Dst.IsValid() || !slices.Contains([]path{plain, outside, direct, hooks}, l.path)) {
+	silent := slices.Contains(append([]path{plain, outside, direct}, parts...), l.path)
+	if got.Dst != want && (got.Dst.IsValid() || !silent) {
 		b.Fatalf("%s: the original destination is %v, not %v", l.path, got.Dst, want)
 	}
 }

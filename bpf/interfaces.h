@@ -193,16 +193,37 @@ static __always_inline int sum_up(__u64 cookie, __u64 net, const struct pod *pod
 	return err;
 }
 
-// generation is how often addresses have come or gone, of both families.
-static __always_inline __u64 generation(const struct net *net)
+static __always_inline __u64 joined(__u32 four, __u32 six)
 {
+	return (__u64)four << 32 | six;
+}
+
+// generation is how often addresses have come or gone, of both families, in the
+// netns whose struct net is there; 0 without one.
+static __always_inline __u64 generation(__u64 address)
+{
+	const struct net *net = (const struct net *)address;
 	__u32 four = 0, six = 0;
 
 	if (bpf_core_field_exists(net->ipv4.dev_addr_genid))
 		four = BPF_CORE_READ(net, ipv4.dev_addr_genid.counter);
 	if (bpf_core_field_exists(net->ipv6.dev_addr_genid))
 		six = BPF_CORE_READ(net, ipv6.dev_addr_genid.counter);
-	return (__u64)four << 32 | six;
+	return joined(four, six);
+}
+
+// generation_by is the same, with a socket of the netns at hand, by which the counters
+// can be had without a helper's call each.
+static __always_inline __u64 generation_by(const struct sock *sk)
+{
+	const struct net *net = sk->__sk_common.skc_net.net;
+	__u32 four = 0, six = 0;
+
+	if (bpf_core_field_exists(net->ipv4.dev_addr_genid))
+		four = net->ipv4.dev_addr_genid.counter;
+	if (bpf_core_field_exists(net->ipv6.dev_addr_genid))
+		six = net->ipv6.dev_addr_genid.counter;
+	return joined(four, six);
 }
 
 // compare reports whether the pod's addresses are those of dests, and has the
@@ -228,19 +249,21 @@ __noinline int compare(__u64 cookie, __u64 now)
 // is_known says that dests has the pod's own addresses, as far as was looked at.
 static __always_inline bool is_known(const struct pod_state *c)
 {
-	return !c->net || generation((struct net *)c->net) == c->generation;
+	return !c->net || generation(c->net) == c->generation;
 }
 
-// have_changed reports whether the pod's addresses are not those that dests says
-// are its own.
+// have_changed_since reports whether the pod's addresses are not those that dests
+// says are its own. now is their generation.
+static __always_inline bool have_changed_since(__u64 cookie, const struct pod_state *c, __u64 now)
+{
+	if (!c->net || now == c->generation)
+		return false;
+	return now == c->compared || !compare(cookie, now);
+}
+
 static __always_inline bool have_changed(__u64 cookie, const struct pod_state *c)
 {
-	__u64 now;
-
-	if (is_known(c))
-		return false;
-	now = generation((struct net *)c->net);
-	return now == c->compared || !compare(cookie, now);
+	return have_changed_since(cookie, c, generation(c->net));
 }
 
 // owns reports whether an address is the pod's own now. It fails with -E2BIG where
@@ -369,7 +392,7 @@ int shunt_look(struct __sk_buff *skb)
 	c = bpf_map_lookup_elem(&states, &cookie);
 	if (!pod || !c)
 		return ENOENT;
-	c->compared = generation(net); // before they are looked at
+	c->compared = generation((__u64)net); // before they are looked at
 	c->net = (__u64)net;
 	err = sum_up(cookie, c->net, pod, &sum);
 	// Those that can't be looked at are taken for what user space has found. Else

@@ -655,9 +655,8 @@ static __always_inline __u16 target_port(const struct pod *pod, enum rule r)
 // task that created the socket, kept in its file's credentials whoever holds
 // the file now. A socket without a file belongs to nobody; so does one that
 // can't be read: it is not the proxy's.
-static __always_inline void find_owner(struct bpf_sock *bsk, struct flow *f)
+static __always_inline void find_owner(struct sock *sk, struct flow *f)
 {
-	struct sock *sk = (struct sock *)bpf_skc_to_tcp_sock(bsk);
 	const struct cred *cred;
 	struct socket *so;
 	struct file *file;
@@ -841,8 +840,8 @@ static __always_inline void remember_mptcp(struct bpf_sock *sk, const struct soc
 }
 
 // complete_flow reads an unspecified destination as the kernel does, and looks
-// up what the destination is to the pod.
-static __always_inline struct dest *complete_flow(__u64 cookie, const struct pod_state *c, struct flow *f, bool v6)
+// up what the destination is to the pod. now is the generation of its addresses.
+static __always_inline struct dest *complete_flow(__u64 cookie, const struct pod_state *c, __u64 now, struct flow *f, bool v6)
 {
 	struct dest *dest;
 
@@ -858,7 +857,7 @@ static __always_inline struct dest *complete_flow(__u64 cookie, const struct pod
 	dest = find_dest(cookie, &f->dst);
 	if (dest)
 		f->dest = dest->flags;
-	if (have_changed(cookie, c))
+	if (have_changed_since(cookie, c, now))
 		renew(cookie, f);
 	f->local = is_loopback(&f->dst) || (f->dest & DEST_LOCAL);
 	// The kernel answers ::6 from ::6, where for IPv4 it takes 127.0.0.1.
@@ -955,7 +954,7 @@ static __always_inline int connect_udp(struct bpf_sock_addr *ctx, __u64 cookie, 
 	ours = st && (st->flags & SOCKET_BOUND) && sk->state == BPF_TCP_CLOSE && same(&f.src, &st->source);
 	if (ours)
 		f.src = (struct addr){};
-	dest = complete_flow(cookie, c, &f, v6);
+	dest = complete_flow(cookie, c, generation(c->net), &f, v6);
 	find_owner_udp(sk, &f);
 	if ((pod->flags & POD_EXCLUDE) && f.port == DNS_WELL_KNOWN)
 		f.excluded = leaves_excluded(cookie, pod, &f, sk->bound_dev_if);
@@ -1088,6 +1087,7 @@ static __always_inline int connect(struct bpf_sock_addr *ctx, bool v6)
 	struct pod *pod;
 	bool ours, room, udp;
 	enum rule rule;
+	struct sock *tcp;
 	__u64 cookie;
 	__u32 sport;
 	__u16 port;
@@ -1122,8 +1122,9 @@ static __always_inline int connect(struct bpf_sock_addr *ctx, bool v6)
 	if (ours)
 		f.src = (struct addr){}; // to its owner the socket is not bound
 
-	dest = complete_flow(cookie, c, &f, v6);
-	find_owner(sk, &f);
+	tcp = (struct sock *)bpf_skc_to_tcp_sock(sk);
+	dest = complete_flow(cookie, c, tcp ? generation_by(tcp) : generation(c->net), &f, v6);
+	find_owner(tcp, &f);
 	if (pod->flags & POD_TPROXY) {
 		err = mark_tproxy(ctx, cookie, pod, &f);
 		if (err)
@@ -1275,7 +1276,7 @@ static __always_inline int sendmsg(struct bpf_sock_addr *ctx, bool v6)
 	}
 	if (f.port != DNS_WELL_KNOWN && f.port != pod->dns_port)
 		return ALLOW;
-	dest = complete_flow(cookie, c, &f, v6);
+	dest = complete_flow(cookie, c, generation(c->net), &f, v6);
 	find_owner_udp(sk, &f);
 	if ((pod->flags & POD_EXCLUDE) && f.port == DNS_WELL_KNOWN)
 		f.excluded = leaves_excluded(cookie, pod, &f, sk->bound_dev_if);
@@ -1579,7 +1580,7 @@ int shunt_adopt(struct __sk_buff *skb)
 	return choose_all(cookie);
 }
 
-static __always_inline void on_connect(struct bpf_sock_ops *ctx, __u64 cookie, const struct pod *pod)
+static __always_inline void on_connect(struct bpf_sock_ops *ctx, __u64 cookie)
 {
 	__u16 port = bpf_ntohl(ctx->remote_port);
 	struct tuple key = { .cookie = cookie };
@@ -1587,20 +1588,23 @@ static __always_inline void on_connect(struct bpf_sock_ops *ctx, __u64 cookie, c
 	struct sock_state *st;
 	struct bpf_sock *sk;
 	struct pod_state *c;
+	struct pod *pod;
 	bool redirected;
 	long err;
 
 	sk = ctx->sk;
 	st = sk ? bpf_sk_storage_get(&sockets, sk, 0, 0) : 0;
-	if (!st && !is_proxy_port(pod, port))
-		return;
 	ends(ctx, &key.saddr, &key.daddr);
 	if (st && (st->flags & SOCKET_BOUND))
 		st->source = key.saddr;
-	if (!is_proxy_port(pod, port))
-		return;
 	redirected = st && (st->flags & SOCKET_REDIRECTED);
-	if (!redirected && !is_own(cookie, &key.daddr))
+	if (!redirected) { // else it goes to a proxy port: connect has sent it there
+		pod = bpf_map_lookup_elem(&pods, &cookie);
+		if (!pod || !is_proxy_port(pod, port) || !is_own(cookie, &key.daddr))
+			return;
+	}
+	c = bpf_map_lookup_elem(&states, &cookie);
+	if (!c)
 		return;
 	key.sport = bpf_htons(ctx->local_port);
 	key.dport = bpf_htons(port);
@@ -1615,13 +1619,10 @@ static __always_inline void on_connect(struct bpf_sock_ops *ctx, __u64 cookie, c
 	}
 
 	err = bpf_map_update_elem(&inflight, &key, &h, BPF_NOEXIST);
-	if (!err) {
-		c = bpf_map_lookup_elem(&states, &cookie);
-		if (c)
-			__sync_fetch_and_add(&c->inflight, 1);
-	} else if (err == -EEXIST) {
+	if (!err)
+		__sync_fetch_and_add(&c->inflight, 1);
+	else if (err == -EEXIST)
 		err = bpf_map_update_elem(&inflight, &key, &h, BPF_EXIST);
-	}
 	if (err) {
 		failed(cookie, PLACE_INFLIGHT_INSERT, err);
 		return;
@@ -1669,27 +1670,28 @@ static __always_inline void on_accept(struct bpf_sock_ops *ctx, __u64 cookie, co
 
 // on_state: a connecting socket that has noted a handshake changes its state.
 // The note goes when the socket closes before the proxy's end came to be; while
-// the proxy's backlog is full, that may be long after connect succeeded.
-static __always_inline void on_state(struct bpf_sock_ops *ctx, __u64 cookie, const struct pod *pod)
+// the proxy's backlog is full, that may be long after connect succeeded. A note
+// says itself whose it is: the pod need not be looked up.
+static __always_inline void on_state(struct bpf_sock_ops *ctx, __u64 cookie)
 {
-	__u16 port = bpf_ntohl(ctx->remote_port);
 	struct tuple key = { .cookie = cookie };
 	struct handshake *h;
 	struct sock_state *st;
 	struct bpf_sock *sk;
 
-	if (ctx->args[1] == BPF_TCP_ESTABLISHED || !is_proxy_port(pod, port))
-		return;
 	ends(ctx, &key.saddr, &key.daddr);
 	key.sport = bpf_htons(ctx->local_port);
-	key.dport = bpf_htons(port);
+	key.dport = bpf_htons(bpf_ntohl(ctx->remote_port));
 	h = bpf_map_lookup_elem(&inflight, &key);
 	if (h && h->owner == bpf_get_socket_cookie(ctx)) {
 		if (ctx->args[1] == BPF_TCP_CLOSE)
 			forget(cookie, &key);
 		return;
 	}
-	// Nothing left to watch for.
+	// Nothing left to watch for. A closed socket has no other state to come, unless
+	// it connects again: then there is another note.
+	if (ctx->args[1] == BPF_TCP_CLOSE)
+		return;
 	sk = ctx->sk;
 	st = sk ? bpf_sk_storage_get(&sockets, sk, 0, 0) : 0;
 	if (st && (st->flags & SOCKET_WATCHED)) {
@@ -1705,10 +1707,22 @@ int shunt_sockops(struct bpf_sock_ops *ctx)
 	__u32 kind, op = ctx->op;
 	__u64 cookie;
 
+	// The kernel asks for more than this, several times a connection.
 	if (op != BPF_SOCK_OPS_TCP_LISTEN_CB && op != BPF_SOCK_OPS_TCP_CONNECT_CB &&
 	    op != BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB && op != BPF_SOCK_OPS_STATE_CB)
 		return 1;
+	if (op == BPF_SOCK_OPS_STATE_CB && ctx->args[1] == BPF_TCP_ESTABLISHED)
+		return 1;
+	// The pod is looked up only where it has to be known.
 	cookie = bpf_get_netns_cookie(ctx);
+	if (op == BPF_SOCK_OPS_TCP_CONNECT_CB) {
+		on_connect(ctx, cookie);
+		return 1;
+	}
+	if (op == BPF_SOCK_OPS_STATE_CB && ctx->args[0] != BPF_TCP_LISTEN) {
+		on_state(ctx, cookie);
+		return 1;
+	}
 	pod = bpf_map_lookup_elem(&pods, &cookie);
 	if (!pod)
 		return 1;
@@ -1718,17 +1732,10 @@ int shunt_sockops(struct bpf_sock_ops *ctx)
 		if (kind < LISTENER_KINDS)
 			on_listen(ctx, cookie, kind);
 		break;
-	case BPF_SOCK_OPS_TCP_CONNECT_CB:
-		on_connect(ctx, cookie, pod);
-		break;
 	case BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB:
 		on_accept(ctx, cookie, pod);
 		break;
 	case BPF_SOCK_OPS_STATE_CB:
-		if (ctx->args[0] != BPF_TCP_LISTEN) {
-			on_state(ctx, cookie, pod);
-			break;
-		}
 		if (ctx->local_port == pod->inbound_port)
 			on_unlisten(ctx, cookie);
 		break;

@@ -28,25 +28,6 @@ struct socket {
 	struct file *file;
 };
 
-struct sock_common {
-	unsigned char skc_ipv6only : 1;
-	__u32 skc_tw_rcv_nxt;
-};
-
-struct sock {
-	struct sock_common __sk_common;
-	struct socket *sk_socket;
-};
-
-struct inet_timewait_sock {
-	struct sock_common __tw_common;
-};
-
-struct tcp_timewait_sock {
-	struct inet_timewait_sock tw_sk;
-	__u32 tw_ts_recent;
-};
-
 struct list_head {
 	struct list_head *next;
 };
@@ -73,6 +54,26 @@ struct net {
 typedef struct {
 	struct net *net;
 } possible_net_t;
+
+struct sock_common {
+	unsigned char skc_ipv6only : 1;
+	possible_net_t skc_net;
+	__u32 skc_tw_rcv_nxt;
+};
+
+struct sock {
+	struct sock_common __sk_common;
+	struct socket *sk_socket;
+};
+
+struct inet_timewait_sock {
+	struct sock_common __tw_common;
+};
+
+struct tcp_timewait_sock {
+	struct inet_timewait_sock tw_sk;
+	__u32 tw_ts_recent;
+};
 
 struct in_ifaddr {
 	struct in_ifaddr *ifa_next;
