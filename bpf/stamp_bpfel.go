@@ -4,7 +4,7 @@
 package bpf
 
 // Digest is the SHA-256 of the compiled object.
-const Digest = "67e66f4e10bf37a36550f02c7d9b9dd40f3ab88c57811a0e75446e8a45712e83"
+const Digest = "b0a8f9a2fe0df0924cf1f0bf2cf0d4c4487b9bcabf164c670bba45b5a8648998"
 
 // mapLayout has a digest of each map's layout, and of the stamp program.
 const mapLayout = "dests=4f160123ac5741d2 errors=71506da95841d90d inflight=cfdefcf69f405266 listeners=f4abd9e69879c865 pods=7e2dc8ef6f135202 ports=70847e33fe3a046f reopens=c112f60c238f2a7e resolvers=246af988781489bd shunt_stamp=364400ed4df608ce slots=dbee62c64b8eca02 sockets=e387a0e375f31baf stamps=459a9c79d9780a7d states=c89c67d07c35d9fe"
