@@ -4,7 +4,7 @@
 package bpf
 
 // Digest is the SHA-256 of the compiled object.
-const Digest = "4fac890c2146ef79f94bdac1c78564ca8ba83fee17d4e83aaf9b204b4d053cd4"
+const Digest = "1068d0d37a22ab3c225209ab217c2914813c1408e5c1ae0734266244352e35a6"
 
 // mapLayout has a digest of each map's layout, and of the stamp program.
 const mapLayout = "dests=4f160123ac5741d2 errors=71506da95841d90d inflight=cfdefcf69f405266 listeners=f4abd9e69879c865 pods=7e2dc8ef6f135202 ports=70847e33fe3a046f reopens=c112f60c238f2a7e resolvers=246af988781489bd shunt_stamp=364400ed4df608ce slots=dbee62c64b8eca02 sockets=e387a0e375f31baf stamps=459a9c79d9780a7d states=c89c67d07c35d9fe"

@@ -621,18 +621,20 @@ static __always_inline bool is_assigned(struct __sk_buff *ctx, const struct pod 
 }
 
 // find_listener looks where REDIRECT leads: at the pod's address and the
-// wildcard. No connection has the port 0.
-static __always_inline struct bpf_sock *find_listener(struct __sk_buff *ctx, const struct segment *s, const struct pod *pod)
+// wildcard. No connection has the port 0. By the client's address the kernel
+// chooses among the listeners of a group, by nothing else: each turn chooses anew.
+static __always_inline struct bpf_sock *find_listener(struct __sk_buff *ctx, const struct segment *s, const struct pod *pod, __u32 turn)
 {
 	const struct addr *own = s->four ? &pod->source4 : &pod->source6;
 	struct bpf_sock_tuple t = {};
 
 	if (s->four) {
-		t.ipv4.saddr = s->tuple.ipv4.saddr;
+		t.ipv4.saddr = s->tuple.ipv4.saddr ^ turn;
 		t.ipv4.daddr = is_zero(own) ? s->tuple.ipv4.daddr : own->w[3];
 		t.ipv4.dport = bpf_htons(pod->inbound_port);
 	} else {
 		__builtin_memcpy(t.ipv6.saddr, s->tuple.ipv6.saddr, sizeof(t.ipv6.saddr));
+		t.ipv6.saddr[3] ^= turn;
 		if (is_zero(own))
 			__builtin_memcpy(t.ipv6.daddr, s->tuple.ipv6.daddr, sizeof(t.ipv6.daddr));
 		else
@@ -642,9 +644,12 @@ static __always_inline struct bpf_sock *find_listener(struct __sk_buff *ctx, con
 	return find(ctx, &t, s->four);
 }
 
+#define TURNS 8 // of looking for a listener
+
 // give_listener gives a packet the proxy's listener, by the errors of
 // bpf_sk_assign; -ENOENT: there is none. One that closes at the moment has left
-// others of its group, or its successor.
+// others of its group, or its successor. One that begins to listen joins its group
+// before it can be assigned (EOPNOTSUPP): meanwhile, another has to be chosen.
 __noinline int give_listener(struct __sk_buff *ctx, const struct segment *s, const struct pod *pod)
 {
 	struct bpf_sock *sk;
@@ -652,8 +657,8 @@ __noinline int give_listener(struct __sk_buff *ctx, const struct segment *s, con
 
 	if (!s || !pod)
 		return err;
-	for (int i = 0; i < 4 && err; i++) {
-		sk = find_listener(ctx, s, pod);
+	for (int i = 0; i < TURNS && err; i++) {
+		sk = find_listener(ctx, s, pod, i);
 		if (!sk)
 			return -ENOENT;
 		err = sk->state == BPF_TCP_LISTEN ? bpf_sk_assign(ctx, sk, 0) : -ENOENT;

@@ -11,6 +11,9 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
+	"path/filepath"
+	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -291,6 +294,34 @@ func (a *Actor) Kill(t testing.TB) {
 		t.Fatal("the world can't be killed")
 	}
 	a.proc.Kill(t)
+}
+
+// Freeze stops the actor by SIGSTOP, and waits until each of its threads has
+// stopped. Thaw has it go on.
+func (a *Actor) Freeze(t testing.TB) {
+	t.Helper()
+	if a.PID == 0 {
+		t.Fatal("the world can't be frozen")
+	}
+	if err := unix.Kill(a.PID, unix.SIGSTOP); err != nil {
+		t.Fatalf("stop actor %s: %v", a.Name, err)
+	}
+	Eventually(t, "actor "+a.Name+" to stop", func() bool {
+		stats, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/stat", a.PID))
+		return err == nil && len(stats) > 0 && !slices.ContainsFunc(stats, func(path string) bool {
+			b, err := os.ReadFile(path)
+			_, state, _ := strings.Cut(string(b), ") ") // the name of a thread is its program's
+			return err != nil || !strings.HasPrefix(state, "T")
+		})
+	})
+}
+
+// Thaw is for an actor that was frozen.
+func (a *Actor) Thaw(t testing.TB) {
+	t.Helper()
+	if err := unix.Kill(a.PID, unix.SIGCONT); err != nil {
+		t.Fatalf("continue actor %s: %v", a.Name, err)
+	}
 }
 
 // local is the wire to an engine in this process, whose calls run inside of a

@@ -171,9 +171,7 @@ func TestPrivilegedInFlight(t *testing.T) {
 	frozen := func() *pod {
 		p := n.redirect(t, testbed.NewPod(t, testbed.InWorld(w), testbed.Sysctl("net.ipv4.ip_local_port_range", "1024 65500")), twinPolicy...)
 		proxy := p.StartProxy(t, testbed.ProxyUID, testbed.ProxyGID, testbed.ShapeListeners(func(l *testbed.ListenSpec) { l.Backlog = backlog }))
-		if err := unix.Kill(proxy.PID, unix.SIGSTOP); err != nil {
-			t.Fatal(err)
-		}
+		proxy.Freeze(t)
 		return p
 	}
 	a, b := frozen(), frozen()
@@ -230,13 +228,7 @@ func TestPrivilegedFrozenProxy(t *testing.T) {
 	eachHook(t, func(t *testing.T, n *node) {
 		p, c := newScene(t, n)
 		before := p.rules(t)
-		signal := func(s unix.Signal) {
-			t.Helper()
-			if err := unix.Kill(c.proxy.PID, s); err != nil {
-				t.Fatal(err)
-			}
-		}
-		signal(unix.SIGSTOP)
+		c.proxy.Freeze(t)
 		patience := 300 * time.Millisecond
 		waits := func(what string, a *testbed.Actor, dst netip.AddrPort) int {
 			t.Helper()
@@ -257,7 +249,7 @@ func TestPrivilegedFrozenProxy(t *testing.T) {
 		if d[redirect.RuleOutIncludeCIDR] != len(socks) || d[redirect.RuleInInclude] != len(p.AllAddrs()) {
 			t.Errorf("counted: %v", d)
 		}
-		signal(unix.SIGCONT)
+		c.proxy.Thaw(t)
 		for sock, dst := range socks {
 			if line, errno := c.app.RecvLine(t, sock, 10*time.Second); !strings.Contains(line, `"listener":"out"`) {
 				t.Errorf("to %s, when the proxy goes on: %q, %q", dst, line, errno)
