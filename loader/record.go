@@ -358,3 +358,9 @@ func (d *Datapath) epoch(build string) (string, error) {
 	}
 	return id, nil
 }
+
+// Epoch names the load of a build's datapath (see ThisBuild and Record) that is there;
+// empty where there is none.
+func Epoch(opts Options, build string) (string, error) {
+	return (&Datapath{opts: opts}).epoch(build)
+}
