@@ -11,6 +11,7 @@ import (
 
 	"shunt.dev/shunt/internal/testbed"
 	"shunt.dev/shunt/loader"
+	"shunt.dev/shunt/loader/programs"
 	"shunt.dev/shunt/redirect"
 	backend "shunt.dev/shunt/redirect/ebpf"
 	"shunt.dev/shunt/redirect/iptables"
@@ -78,7 +79,7 @@ func newDataNode(b *testing.B) *dataNode {
 	testbed.Privileged(b)
 	n := &dataNode{
 		world:    testbed.NewWorld(b),
-		opts:     loader.Options{BPFDir: testbed.BPFFS(b) + "/shunt", RunDir: tmpfs(b)},
+		opts:     loader.Options{BPFDir: testbed.BPFFS(b) + "/shunt", RunDir: tmpfs(b), Programs: programs.New()},
 		attached: true,
 	}
 	n.backend = backend.New(n.opts)

@@ -18,6 +18,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"shunt.dev/shunt/bpf"
+	"shunt.dev/shunt/bpf/object"
 	"shunt.dev/shunt/internal/testbed"
 )
 
@@ -97,7 +98,7 @@ func newPartMaps(b *testing.B) partMaps {
 		}
 		return m
 	}
-	all, err := bpf.LoadShunt()
+	all, err := object.LoadShunt()
 	if err != nil {
 		b.Fatal(err)
 	}

@@ -20,6 +20,7 @@ import (
 	"shunt.dev/shunt/internal/podcache"
 	"shunt.dev/shunt/internal/testbed"
 	"shunt.dev/shunt/loader"
+	"shunt.dev/shunt/loader/programs"
 	"shunt.dev/shunt/redirect"
 	"shunt.dev/shunt/redirect/ebpf"
 	"shunt.dev/shunt/redirect/iptables"
@@ -84,7 +85,7 @@ func (n *node) runDir(w way) string {
 }
 
 func (n *node) ebpf() loader.Options {
-	return loader.Options{BPFDir: n.bpfDir, RunDir: filepath.Join(n.run, "ebpf")}
+	return loader.Options{BPFDir: n.bpfDir, RunDir: filepath.Join(n.run, "ebpf"), Programs: programs.New()}
 }
 
 // backend makes a backend, as each process of the plugin does.

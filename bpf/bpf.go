@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Package bpf holds the eBPF programs, compiled, and the Go mirror of their
-// types. It knows sockets, addresses and maps; nothing of Kubernetes.
+// Package bpf holds the eBPF programs' source and the Go mirror of their types. It
+// knows sockets, addresses and maps; nothing of Kubernetes. The compiled programs
+// are package object's, and with them the library that loads them: the plugin,
+// which is started for each pod and loads none, is the quicker without.
 package bpf
 
 import (
@@ -9,8 +11,9 @@ import (
 	"fmt"
 )
 
-//go:generate go tool bpf2go -cc clang-19 -strip llvm-strip-19 -target bpfel -go-package bpf -type pod -type pod_flag -type dest -type dest_key -type dest_flag -type port_key -type port_flag -type direction -type pod_state -type error_key -type place -type rule -type listener_key -type listener_kind -type tuple -type handshake -type sock_state -type adoption -type event Shunt shunt.bpf.c -- -O2 -Wall -Werror -mcpu=v3 -Iheaders -I/usr/include/x86_64-linux-gnu
-//go:generate go run shunt.dev/shunt/bpf/prepare shunt_bpfel.o shunt_stamp stamp_bpfel.go
+//go:generate go tool bpf2go -cc clang-19 -strip llvm-strip-19 -target bpfel -output-dir object -go-package object -type pod -type pod_flag -type dest -type dest_key -type dest_flag -type port_key -type port_flag -type direction -type pod_state -type error_key -type place -type rule -type listener_key -type listener_kind -type tuple -type handshake -type sock_state -type adoption -type event Shunt shunt.bpf.c -- -O2 -Wall -Werror -mcpu=v3 -Iheaders -I/usr/include/x86_64-linux-gnu
+//go:generate go run shunt.dev/shunt/bpf/prepare stamp object/shunt_bpfel.o shunt_stamp stamp_bpfel.go
+//go:generate go run shunt.dev/shunt/bpf/prepare types object/shunt_bpfel.go types_bpfel.go
 
 // License is the programs', for loading Stamp.
 const License = "Dual BSD/GPL"

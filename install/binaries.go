@@ -13,10 +13,13 @@ import (
 	"syscall"
 
 	"golang.org/x/sys/unix"
+
+	"shunt.dev/shunt/internal/handover"
 )
 
-// binaries are what goes into the directory of CNI plugins, the plugin first.
-var binaries = []string{pluginType, "shunt"}
+// binaries are what goes into the directory of CNI plugins, in this order: the plugin
+// comes after what it hands requests over to, and goes before.
+var binaries = []string{handover.Larger, pluginType}
 
 // A stamp tells whether a file is the one that was looked at before, without
 // reading it again.

@@ -22,6 +22,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"sigs.k8s.io/yaml"
 
+	"shunt.dev/shunt/internal/handover"
 	"shunt.dev/shunt/internal/kubeapi"
 	"shunt.dev/shunt/internal/netconf"
 	"shunt.dev/shunt/internal/testbed"
@@ -186,8 +187,10 @@ func TestBinaries(t *testing.T) {
 		{"not an executable file", func() error {
 			return errors.Join(os.Remove(n.path("bin/shunt")), os.Chmod(n.path("image/shunt"), 0o600))
 		}},
-		{"is cniBinDir the runtime's", func() error { return os.RemoveAll(n.path("bin")) }},
-		{"no such file", func() error { return os.Remove(n.path("image/shunt-cni")) }},
+		{"is cniBinDir the runtime's", func() error {
+			return errors.Join(os.Chmod(n.path("image/shunt"), 0o700), os.RemoveAll(n.path("bin"))) //nolint:gosec // as binaries are
+		}},
+		{"no such file", func() error { return os.Remove(n.path("image/shunt")) }},
 	} {
 		if err := c.shape(); err != nil {
 			t.Fatal(err)
@@ -403,8 +406,10 @@ func TestUninstallBinary(t *testing.T) {
 				}
 			}
 			want := files{}
-			if c.stays != "" {
-				want[pluginType] = "#!this is " + pluginType
+			if c.stays != "" { // both do: the one can't remove a pod of iptables' without the other
+				for _, name := range binaries {
+					want[name] = "#!this is " + name
+				}
 			}
 			got, err := readFiles(n.opts.BinDir)
 			if err != nil {
@@ -415,6 +420,10 @@ func TestUninstallBinary(t *testing.T) {
 			}
 			if log := n.logged(); !strings.Contains(log, c.stays) || strings.Contains(log, "binary stays") != (c.stays != "") {
 				t.Errorf("the log has no %q:\n%s", c.stays, log)
+			}
+			log := n.logged()
+			if plugin, larger := strings.Index(log, n.path("bin", pluginType)), strings.Index(log, n.path("bin", handover.Larger)+"\n"); c.stays == "" && (plugin < 0 || larger < plugin) {
+				t.Errorf("the plugin does not go before what it hands over to:\n%s", log)
 			}
 			left, err := readFiles(n.opts.RunDir)
 			if err != nil {

@@ -11,6 +11,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -23,10 +24,10 @@ import (
 // binaries. What was done for pods stays, and its records too: pods that run keep
 // their redirection.
 //
-// The plugin's binary stays as long as the runtime may call it for a pod that
+// The plugin's two binaries stay as long as the runtime may call it for a pod that
 // started while the entry was there. Some runtimes (CRI-O) remember each pod's
 // chain, and can't remove a pod whose chain names a plugin that is missing. To call
-// Uninstall again later removes it.
+// Uninstall again later removes them.
 //
 // Of the options it needs BinDir, ConfDir and RunDir, Chained and ConfFile where a
 // file of its own was written, and Kubeconfig.Path where there is one.
@@ -65,11 +66,6 @@ func (o *Options) uninstall(ctx context.Context, times times) error {
 	drop(filepath.Join(o.RunDir, agentFile))
 	drop(filepath.Join(o.RunDir, socketFile))
 	drop(filepath.Join(o.RunDir, claimFile))
-	for _, name := range binaries {
-		if name != pluginType {
-			drop(filepath.Join(o.BinDir, name))
-		}
-	}
 	if left && o.CacheDir != "" {
 		// An ADD that was under way by the old chain is remembered at its end.
 		select {
@@ -78,14 +74,15 @@ func (o *Options) uninstall(ctx context.Context, times times) error {
 		case <-time.After(times.leave):
 		}
 	}
-	path := filepath.Join(o.BinDir, pluginType)
-	if why := o.needed(); why != "" {
-		if _, err := os.Lstat(path); err == nil {
+	why := o.needed()
+	for _, name := range slices.Backward(binaries) {
+		path := filepath.Join(o.BinDir, name)
+		if why == "" {
+			drop(path)
+		} else if _, err := os.Lstat(path); err == nil {
 			o.Log.Warn("the plugin's binary stays, or pods that started with it could not be removed: uninstall again, or remove the file, when none of them is left",
 				"file", path, "because", why)
 		}
-	} else {
-		drop(path)
 	}
 	if err := errors.Join(errs...); err != nil {
 		return fmt.Errorf("uninstall: %w", err)

@@ -5,7 +5,6 @@ package loader
 import (
 	"bufio"
 	"bytes"
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -15,8 +14,8 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"unsafe"
 
-	"github.com/cilium/ebpf"
 	"golang.org/x/sys/unix"
 
 	"shunt.dev/shunt/bpf"
@@ -207,16 +206,11 @@ func (d *Datapath) adopt(r *Record, s fd) error {
 
 // runAdopt has the pod's state know of a listener.
 func (d *Datapath) runAdopt(a bpf.ShuntAdoption) error {
-	prog, err := ebpf.LoadPinnedProgram(filepath.Join(d.dir, bpf.ShuntProgShuntAdopt), nil)
+	prog, err := d.object(bpf.ShuntProgShuntAdopt)
 	if err != nil {
 		return err
 	}
-	defer prog.Close()
-	var packet bytes.Buffer
-	if err := binary.Write(&packet, binary.NativeEndian, &a); err != nil {
-		return err
-	}
-	ret, err := prog.Run(&ebpf.RunOptions{Data: packet.Bytes()})
+	ret, err := testRunOn(prog, unsafe.Slice((*byte)(unsafe.Pointer(&a)), unsafe.Sizeof(a)))
 	if err != nil {
 		return fmt.Errorf("run %s: %w", bpf.ShuntProgShuntAdopt, err)
 	}

@@ -13,7 +13,6 @@ import (
 	"slices"
 	"strconv"
 
-	"github.com/cilium/ebpf"
 	"golang.org/x/sys/unix"
 
 	"shunt.dev/shunt/bpf"
@@ -32,26 +31,26 @@ const (
 // ancestors, and leaves other people's alone.
 type hook struct {
 	program string
-	attach  ebpf.AttachType
+	attach  attachType
 }
 
 // hooks are every pod's.
 var hooks = []hook{
-	{bpf.ShuntProgShuntSockops, ebpf.AttachCGroupSockOps},
-	{bpf.ShuntProgShuntGetsockopt, ebpf.AttachCGroupGetsockopt},
-	{bpf.ShuntProgShuntGetpeername4, ebpf.AttachCgroupInet4GetPeername},
-	{bpf.ShuntProgShuntGetpeername6, ebpf.AttachCgroupInet6GetPeername},
-	{bpf.ShuntProgShuntConnect4, ebpf.AttachCGroupInet4Connect},
-	{bpf.ShuntProgShuntConnect6, ebpf.AttachCGroupInet6Connect},
+	{bpf.ShuntProgShuntSockops, attachSockOps},
+	{bpf.ShuntProgShuntGetsockopt, attachGetsockopt},
+	{bpf.ShuntProgShuntGetpeername4, attachGetpeername4},
+	{bpf.ShuntProgShuntGetpeername6, attachGetpeername6},
+	{bpf.ShuntProgShuntConnect4, attachConnect4},
+	{bpf.ShuntProgShuntConnect6, attachConnect6},
 }
 
 // dnsHooks are those that a pod with DNS capture has besides: they run for
 // datagrams.
 var dnsHooks = []hook{
-	{bpf.ShuntProgShuntRecvmsg4, ebpf.AttachCGroupUDP4Recvmsg},
-	{bpf.ShuntProgShuntRecvmsg6, ebpf.AttachCGroupUDP6Recvmsg},
-	{bpf.ShuntProgShuntSendmsg4, ebpf.AttachCGroupUDP4Sendmsg},
-	{bpf.ShuntProgShuntSendmsg6, ebpf.AttachCGroupUDP6Sendmsg},
+	{bpf.ShuntProgShuntRecvmsg4, attachUDP4Recvmsg},
+	{bpf.ShuntProgShuntRecvmsg6, attachUDP6Recvmsg},
+	{bpf.ShuntProgShuntSendmsg4, attachUDP4Sendmsg},
+	{bpf.ShuntProgShuntSendmsg6, attachUDP6Sendmsg},
 }
 
 // hooks are the programs that the record's pod needs.
@@ -411,7 +410,7 @@ func makeDir(path string) (fresh bool, err error) {
 
 // link makes sure of a pinned link of prog to target. Where there may be one
 // already, ok tells whether its target is the right one.
-func link(path string, fresh bool, prog, target fd, attach ebpf.AttachType, ok func(*linkInfo) bool) error {
+func link(path string, fresh bool, prog, target fd, attach attachType, ok func(*linkInfo) bool) error {
 	if !fresh {
 		good, err := linkIsGood(path, prog, ok)
 		if err != nil || good {
@@ -504,7 +503,7 @@ func (d *Datapath) linkNetns(r *Record, netns fd) error {
 		name string
 		prog fd
 	}{{stampLink, stamp}, {skLookupLink, skLookup}} {
-		f, err := createLink(l.prog, netns, ebpf.AttachSkLookup)
+		f, err := createLink(l.prog, netns, attachSkLookup)
 		if err != nil {
 			return err
 		}

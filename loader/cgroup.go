@@ -103,6 +103,22 @@ func cgroup2Mounts(table io.Reader) ([]string, error) {
 	return append(whole, parts...), lines.Err()
 }
 
+// Cgroup1Mounts returns where hierarchies of version 1 are mounted, by a mount table.
+func Cgroup1Mounts(mountinfo string) (points []string, err error) {
+	table, err := os.ReadFile(mountinfo)
+	if err != nil {
+		return nil, err
+	}
+	for line := range strings.Lines(string(table)) {
+		before, after, ok := strings.Cut(line, " - ")
+		fields := strings.Fields(before)
+		if ok && len(fields) >= 5 && strings.HasPrefix(after, "cgroup ") {
+			points = append(points, unescapeMount(fields[4]))
+		}
+	}
+	return points, nil
+}
+
 // unescapeMount undoes the octal escapes that the kernel writes for blanks,
 // tabs, newlines, backslashes and hashes.
 func unescapeMount(s string) string {

@@ -8,7 +8,6 @@ import (
 	"path/filepath"
 	"unsafe"
 
-	"github.com/cilium/ebpf"
 	"golang.org/x/sys/unix"
 
 	"shunt.dev/shunt/bpf"
@@ -94,7 +93,7 @@ func Errors(opts Options) (out []ErrorCount, err error) {
 	if err != nil {
 		return nil, err
 	}
-	seen := map[ebpf.MapID]bool{}
+	seen := map[uint32]bool{}
 	for _, path := range paths {
 		more, err := readErrors(path, seen)
 		if err != nil {
@@ -105,34 +104,36 @@ func Errors(opts Options) (out []ErrorCount, err error) {
 	return out, nil
 }
 
+// maxErrorKeys is well above what the map holds.
+const maxErrorKeys = 1 << 20
+
 // readErrors reads a map that it has not seen: builds may share one.
-func readErrors(path string, seen map[ebpf.MapID]bool) (out []ErrorCount, err error) {
-	m, err := ebpf.LoadPinnedMap(path, &ebpf.LoadPinOptions{ReadOnly: true})
+func readErrors(path string, seen map[uint32]bool) (out []ErrorCount, err error) {
+	m, err := getPinToRead(path)
 	if err != nil {
 		return nil, err
 	}
-	defer m.Close()
-	mi, err := m.Info()
-	if err != nil {
+	defer m.close()
+	mi, err := info[mapInfo](m)
+	if err != nil || seen[mi.id] {
 		return nil, err
 	}
-	if id, ok := mi.ID(); ok {
-		if seen[id] {
-			return nil, nil
-		}
-		seen[id] = true
-	}
-	var key bpf.ShuntErrorKey
+	seen[mi.id] = true
 	var count uint64
-	if uintptr(m.KeySize()) != unsafe.Sizeof(key) || uintptr(m.ValueSize()) != unsafe.Sizeof(count) {
+	if uintptr(mi.keySize) != unsafe.Sizeof(bpf.ShuntErrorKey{}) || uintptr(mi.valueSize) != unsafe.Sizeof(count) {
 		return nil, nil // that build's own tools can read it
 	}
-	it := m.Iterate()
-	for it.Next(&key, &count) {
+	// Entries are pushed out all the time, and keys come twice then.
+	known := map[bpf.ShuntErrorKey]bool{}
+	err = eachKey(m, maxErrorKeys, func(key *bpf.ShuntErrorKey) {
+		if known[*key] || lookup(m, key, &count) != nil {
+			return
+		}
+		known[*key] = true
 		out = append(out, ErrorCount{key.Cookie, bpf.ShuntPlace(key.Place), unix.Errno(key.Error), count})
+	})
+	if errors.Is(err, errMapChanges) {
+		err = nil // these are some
 	}
-	if err := it.Err(); err != nil && !errors.Is(err, ebpf.ErrIterationAborted) {
-		return nil, err
-	}
-	return out, nil // aborted: entries are pushed out all the time; these are some
+	return out, err
 }

@@ -14,12 +14,17 @@ import (
 	"strings"
 	"time"
 
-	"github.com/cilium/ebpf"
 	"golang.org/x/sys/unix"
 
 	"shunt.dev/shunt/bpf"
 	"shunt.dev/shunt/internal/rundir"
+	"shunt.dev/shunt/loader/internal/load"
 )
+
+// Programs loads the programs into the kernel: package loader/programs has the one
+// that does. The library that it takes costs a process more, at its start, than all
+// that is done for a pod: so the plugin has none.
+type Programs = load.Programs
 
 // Options say where a node's datapath lives.
 type Options struct {
@@ -32,6 +37,10 @@ type Options struct {
 	// at the load.
 	InflightLimit uint32
 
+	// Programs loads them: package loader/programs's, or nil in a process that loads
+	// nothing. Where that would have to, it fails with ErrNoPrograms.
+	Programs Programs
+
 	// NoTCX has TC programs attached as on a kernel without TCX links.
 	NoTCX bool
 
@@ -39,7 +48,14 @@ type Options struct {
 	otherBuild  *build // whose datapath it is, for tests of several
 }
 
-const bpffsRoot = "/sys/fs/bpf"
+// BPFFSRoot is where a bpffs is mounted as a rule.
+const BPFFSRoot = "/sys/fs/bpf"
+
+// TracingPin is the pin of the variable that switches tracing on.
+const TracingPin = load.TracingPin
+
+// ThisBuild names this build's datapath, as records do.
+func ThisBuild() string { return datapathPrefix + bpf.Digest[:16] }
 
 // loadPrefix begins the name of a datapath's directory until it is whole.
 const loadPrefix = "load-"
@@ -77,6 +93,9 @@ func Open(ctx context.Context, opts Options) (_ *Datapath, err error) {
 		return d, nil
 	} else if !errors.Is(err, fs.ErrNotExist) {
 		return nil, fmt.Errorf("bpfDir: %w", err) // one that is there can't be loaded again
+	}
+	if opts.Programs == nil {
+		return nil, fmt.Errorf("load the datapath: %w", ErrNoPrograms)
 	}
 	if err := d.refusedBefore(); err != nil {
 		return nil, fmt.Errorf("load the datapath: %w", err)
@@ -130,6 +149,11 @@ func (d *Datapath) object(name string) (fd, error) {
 	return f, nil
 }
 
+// request is what a load is to be like.
+func (d *Datapath) request(dir string) load.Request {
+	return load.Request{Dir: dir, InflightLimit: d.opts.InflightLimit, MaxPrefixes: d.opts.maxPrefixes}
+}
+
 // makeBPFDir makes BPFDir, and mounts a bpffs at the usual place when it is
 // meant to lie there and none is.
 func (d *Datapath) makeBPFDir() error {
@@ -147,11 +171,11 @@ func (d *Datapath) makeBPFDir() error {
 		return fmt.Errorf("%w: bpfDir: statfs %s: %w", ErrNoBPFFS, parent, err)
 	}
 	if st.Type != unix.BPF_FS_MAGIC {
-		if !strings.HasPrefix(d.opts.BPFDir+"/", bpffsRoot+"/") {
+		if !strings.HasPrefix(d.opts.BPFDir+"/", BPFFSRoot+"/") {
 			return fmt.Errorf("%w: bpfDir: %s is not in one: mount one (mount -t bpf bpf %s)", ErrNoBPFFS, d.opts.BPFDir, filepath.Dir(d.opts.BPFDir))
 		}
-		if err := unix.Mount("bpf", bpffsRoot, "bpf", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, "mode=0700"); err != nil {
-			return fmt.Errorf("%w: bpfDir: none is mounted at %s, and mounting one fails: %w", ErrNoBPFFS, bpffsRoot, err)
+		if err := unix.Mount("bpf", BPFFSRoot, "bpf", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, "mode=0700"); err != nil {
+			return fmt.Errorf("%w: bpfDir: none is mounted at %s, and mounting one fails: %w", ErrNoBPFFS, BPFFSRoot, err)
 		}
 	}
 	if err := os.MkdirAll(d.opts.BPFDir, 0o700); err != nil {
@@ -169,17 +193,6 @@ func (d *Datapath) load() (err error) {
 	if err != nil {
 		return err
 	}
-	defer h.close()
-	objs, err := d.loadObjects(h.maps)
-	if errors.Is(err, ebpf.ErrMapIncompatible) {
-		d.opts.Log.Warn("another build's maps are not as it says: its pods keep its programs until they end", "error", err)
-		h.epoch = newEpoch()
-		objs, err = d.loadObjects(nil)
-	}
-	if err != nil {
-		return err
-	}
-	defer objs.Close()
 	// bpffs refuses names with a dot.
 	tmp := filepath.Join(d.opts.BPFDir, fmt.Sprintf("%s%d", loadPrefix, os.Getpid()))
 	if err := os.Mkdir(tmp, 0o700); err != nil {
@@ -190,10 +203,17 @@ func (d *Datapath) load() (err error) {
 			err = errors.Join(err, os.RemoveAll(tmp))
 		}
 	}()
-	for name, o := range pinned(objs) {
-		if err := o.Pin(filepath.Join(tmp, name)); err != nil {
-			return err
-		}
+	req := d.request(tmp)
+	req.Maps = h.maps
+	err = d.opts.Programs.Load(req)
+	if errors.Is(err, load.ErrIncompatible) {
+		d.opts.Log.Warn("another build's maps are not as it says: its pods keep its programs until they end", "error", err)
+		h.epoch = newEpoch()
+		req.Maps = nil
+		err = d.opts.Programs.Load(req)
+	}
+	if err != nil {
+		return err
 	}
 	if err := os.Mkdir(filepath.Join(tmp, stampsDir), 0o700); err != nil {
 		return err
@@ -219,100 +239,4 @@ func (d *Datapath) load() (err error) {
 	}
 	d.opts.Log.Info("datapath loaded", "dir", d.dir, "took", time.Since(start))
 	return nil
-}
-
-type pinner interface{ Pin(string) error }
-
-// objects are a loaded collection, with the map of its variables.
-type objects struct {
-	bpf.ShuntObjects
-	Tracing *ebpf.Map `ebpf:".data.trace"`
-}
-
-func (o *objects) Close() error {
-	return errors.Join(o.ShuntObjects.Close(), o.Tracing.Close())
-}
-
-func pinned(o *objects) map[string]pinner {
-	return map[string]pinner{
-		tracingPin:                     o.Tracing,
-		bpf.ShuntMapRings:              o.Rings,
-		bpf.ShuntMapPods:               o.Pods,
-		bpf.ShuntMapDests:              o.Dests,
-		bpf.ShuntMapPorts:              o.Ports,
-		bpf.ShuntMapStates:             o.States,
-		bpf.ShuntMapErrors:             o.Errors,
-		bpf.ShuntMapSockets:            o.Sockets,
-		bpf.ShuntMapResolvers:          o.Resolvers,
-		bpf.ShuntMapInflight:           o.Inflight,
-		bpf.ShuntMapListeners:          o.Listeners,
-		bpf.ShuntMapStamps:             o.Stamps,
-		bpf.ShuntMapSlots:              o.Slots,
-		bpf.ShuntProgShuntConnect4:     o.ShuntConnect4,
-		bpf.ShuntProgShuntConnect6:     o.ShuntConnect6,
-		bpf.ShuntProgShuntGetpeername4: o.ShuntGetpeername4,
-		bpf.ShuntProgShuntGetpeername6: o.ShuntGetpeername6,
-		bpf.ShuntProgShuntSendmsg4:     o.ShuntSendmsg4,
-		bpf.ShuntProgShuntSendmsg6:     o.ShuntSendmsg6,
-		bpf.ShuntProgShuntRecvmsg4:     o.ShuntRecvmsg4,
-		bpf.ShuntProgShuntRecvmsg6:     o.ShuntRecvmsg6,
-		bpf.ShuntProgShuntGetsockopt:   o.ShuntGetsockopt,
-		bpf.ShuntProgShuntSockops:      o.ShuntSockops,
-		bpf.ShuntProgShuntSkLookup:     o.ShuntSkLookup,
-		bpf.ShuntProgShuntAdopt:        o.ShuntAdopt,
-		bpf.ShuntProgShuntLook:         o.ShuntLook,
-	}
-}
-
-// loadObjects loads the collection, with maps that are there already in the place
-// of its own. The stamp program in it serves no pod: loading it shows at once
-// whether a pod's own would be accepted.
-func (d *Datapath) loadObjects(maps map[string]*ebpf.Map) (*objects, error) {
-	// bpf_set_retval is there since Linux 5.18 (commit b44123b4a3dc),
-	// bpf_skc_to_mptcp_sock since 5.19 (3bc253c2e652), if it has MPTCP. What
-	// they do can be done without: try with them first.
-	var first error
-	for _, have := range []struct{ mptcp, setRetval bool }{{true, true}, {false, true}, {false, false}} {
-		spec, err := bpf.LoadShunt()
-		if err != nil {
-			return nil, err
-		}
-		err = errors.Join(
-			spec.Variables[bpf.ShuntVarHaveMptcp].Set(have.mptcp),
-			spec.Variables[bpf.ShuntVarHaveSetRetval].Set(have.setRetval),
-		)
-		if err != nil {
-			return nil, err
-		}
-		if d.opts.InflightLimit != 0 {
-			if err := spec.Variables[bpf.ShuntVarInflightLimit].Set(d.opts.InflightLimit); err != nil {
-				return nil, err
-			}
-		}
-		d.sizeMaps(spec)
-		withoutTC(spec)
-		objs := new(objects)
-		if err = spec.LoadAndAssign(objs, &ebpf.CollectionOptions{MapReplacements: maps}); err == nil {
-			return objs, nil
-		}
-		if errors.Is(err, unix.EPERM) {
-			return nil, classify(err)
-		}
-		if first == nil {
-			first = err
-		}
-		// Only a refusal by the verifier can be due to a missing helper.
-		var refused *ebpf.VerifierError
-		if !errors.As(err, &refused) && !errors.Is(err, ebpf.ErrNotSupported) {
-			break
-		}
-	}
-	return nil, classify(first)
-}
-
-func (d *Datapath) sizeMaps(spec *ebpf.CollectionSpec) {
-	if d.opts.maxPrefixes != 0 {
-		spec.Maps[bpf.ShuntMapDests].MaxEntries = d.opts.maxPrefixes
-		spec.Maps[bpf.ShuntMapPorts].MaxEntries = d.opts.maxPrefixes
-	}
 }

@@ -28,6 +28,7 @@ import (
 
 	"shunt.dev/shunt/bpf"
 	"shunt.dev/shunt/internal/testbed"
+	"shunt.dev/shunt/loader/programs"
 )
 
 func TestMain(m *testing.M) { testbed.Main(m) }
@@ -39,6 +40,8 @@ func node(t testing.TB) Options {
 		BPFDir: filepath.Join(testbed.BPFFS(t), "shunt"),
 		RunDir: filepath.Join(t.TempDir(), "run"),
 		Log:    slog.New(slog.DiscardHandler),
+
+		Programs: programs.New(),
 	}
 }
 
@@ -186,14 +189,14 @@ func nothingLeft(t testing.TB, opts Options) {
 }
 
 // attached counts the programs of a hook at the pod's cgroup itself.
-func attached(t testing.TB, p *testbed.Pod, at cebpf.AttachType) int {
+func attached(t testing.TB, p *testbed.Pod, at attachType) int {
 	t.Helper()
 	cg, err := os.Open(p.CgroupPath())
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer cg.Close()
-	r, err := ebpflink.QueryPrograms(ebpflink.QueryOptions{Target: int(cg.Fd()), Attach: at})
+	r, err := ebpflink.QueryPrograms(ebpflink.QueryOptions{Target: int(cg.Fd()), Attach: cebpf.AttachType(at)})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -517,7 +520,7 @@ func TestPrivilegedClassify(t *testing.T) {
 		{unix.ENOMEM, unix.ENOMEM},
 		{unix.EAGAIN, unix.EAGAIN},
 	} {
-		err := classify(c.err)
+		err := programs.Classify(c.err)
 		if !errors.Is(err, c.want) || errors.Is(err, ErrRefused) != (c.want == ErrRefused) || errors.Is(err, ErrPermission) != (c.want == ErrPermission) { //nolint:errorlint // sentinels of the table
 			t.Errorf("%v: got %v, want %v", c.err, err, c.want)
 		}
@@ -848,5 +851,14 @@ func TestStale(t *testing.T) {
 	want := &Rules{Dests: old.Dests[:1], Ports: old.Ports[1:]}
 	if diff := cmp.Diff(want, stale(old, now), cmp.Comparer(func(a, b netip.Prefix) bool { return a == b }), cmp.Comparer(func(a, b netip.Addr) bool { return a == b })); diff != "" {
 		t.Errorf("stale (-want +got):\n%s", diff)
+	}
+}
+
+// TestAttachTypes: they are named as others name them.
+func TestAttachTypes(t *testing.T) {
+	for _, h := range slices.Concat(hooks, dnsHooks, []hook{{"shunt_sk_lookup", attachSkLookup}, {"shunt_tc", attachTCXIngress}, {"none", 0x7777}}) {
+		if want := cebpf.AttachType(h.attach).String(); h.attach.String() != want {
+			t.Errorf("%s: %d is %v, not %s", h.program, h.attach, h.attach, want)
+		}
 	}
 }

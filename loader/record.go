@@ -3,7 +3,7 @@
 package loader
 
 import (
-	"crypto/rand"
+	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -343,8 +343,15 @@ func (d *Datapath) eachSharer(r *Record, fn func(id string, netns, cgroup bool) 
 // done to the directory (chmod, chown, a new security label) changes it.
 const epochLink = "epoch"
 
-// newEpoch names one load of a datapath.
-func newEpoch() string { return rand.Text() }
+// newEpoch names one load of a datapath. The kernel is asked itself: package
+// crypto/rand costs a process more, at its start, than it takes here.
+func newEpoch() string {
+	var b [16]byte
+	if _, err := unix.Getrandom(b[:], 0); err != nil {
+		panic(err) // of so little, there always is as much
+	}
+	return hex.EncodeToString(b[:])
+}
 
 // epoch names the datapath in a directory until it is removed or the node
 // reboots; empty where there is none.
@@ -357,4 +364,10 @@ func (d *Datapath) epoch(build string) (string, error) {
 		return "", fmt.Errorf("read the datapath's epoch: %w", err)
 	}
 	return id, nil
+}
+
+// Epoch names the load of a build's datapath (see ThisBuild and Record) that is there;
+// empty where there is none.
+func Epoch(opts Options, build string) (string, error) {
+	return (&Datapath{opts: opts}).epoch(build)
 }

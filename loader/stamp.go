@@ -11,7 +11,6 @@ import (
 	"strconv"
 	"strings"
 
-	"github.com/cilium/ebpf"
 	"golang.org/x/sys/unix"
 
 	"shunt.dev/shunt/bpf"
@@ -211,7 +210,7 @@ func (d *Datapath) loadStamp(slot uint32) (fd, error) {
 	if err != nil {
 		return -1, err
 	}
-	return loadProgram(ebpf.SkLookup, ebpf.AttachSkLookup, bpf.ShuntProgShuntStamp, bpf.License, code)
+	return loadProgram(unix.BPF_PROG_TYPE_SK_LOOKUP, attachSkLookup, bpf.ShuntProgShuntStamp, bpf.License, code)
 }
 
 // returnStamps gives back the programs that a pod has.

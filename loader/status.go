@@ -197,7 +197,7 @@ func (s *surveyor) forget(build string) {
 
 // mapInfo is the head of struct bpf_map_info.
 type mapInfo struct {
-	_, _, keySize, valueSize, maxEntries uint32
+	_, id, keySize, valueSize, maxEntries uint32
 }
 
 // build opens what is there of a datapath. One that is not there is none of an

@@ -10,7 +10,6 @@ import (
 	"slices"
 	"strings"
 
-	"github.com/cilium/ebpf"
 	"golang.org/x/sys/unix"
 
 	"shunt.dev/shunt/bpf"
@@ -222,16 +221,16 @@ func (s *surveyor) whose(id uint32) string {
 }
 
 func programName(id uint32) (string, error) {
-	prog, err := ebpf.NewProgramFromID(ebpf.ProgramID(id))
+	prog, err := programByID(id)
 	if err != nil {
 		return "", err
 	}
-	defer prog.Close()
-	pi, err := prog.Info()
+	defer prog.close()
+	pi, err := info[progInfo](prog)
 	if err != nil {
 		return "", err
 	}
-	return pi.Name, nil
+	return unix.ByteSliceToString(pi.name[:]), nil
 }
 
 // lookCloser asks the pod's cgroup and network namespace what is attached there:
@@ -263,11 +262,11 @@ func (s *surveyor) lookCloser(st *Status, b *loaded) error {
 		return nil // lookHooks has said it, as it has any other error
 	}
 	skLookup := b.ids[bpf.ShuntProgShuntSkLookup]
-	if err := s.strangers(st, n.fd, ebpf.AttachSkLookup, "sk_lookup", stamp, skLookup); err != nil || r.InboundHook != TC {
+	if err := s.strangers(st, n.fd, attachSkLookup, "sk_lookup", stamp, skLookup); err != nil || r.InboundHook != TC {
 		return err
 	}
 	// What arrives by an interface that came later is sk_lookup's.
-	if got, err := query(n.fd, ebpf.AttachSkLookup); err != nil || slices.Contains(got, skLookup) {
+	if got, err := query(n.fd, attachSkLookup); err != nil || slices.Contains(got, skLookup) {
 		return err
 	}
 	if err := n.do(func() (err error) { n.rt, err = openRTNL(); return err }); err != nil {
@@ -289,7 +288,7 @@ func (s *surveyor) lookCloser(st *Status, b *loaded) error {
 }
 
 // strangers finds, at one hook of a target, our programs that should not be there.
-func (s *surveyor) strangers(st *Status, target fd, attach ebpf.AttachType, name string, expected ...uint32) error {
+func (s *surveyor) strangers(st *Status, target fd, attach attachType, name string, expected ...uint32) error {
 	got, err := query(target, attach)
 	if err != nil {
 		return fmt.Errorf("ask what is attached as %v: %w", attach, err)

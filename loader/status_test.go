@@ -20,6 +20,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"shunt.dev/shunt/bpf"
+	"shunt.dev/shunt/bpf/object"
 	"shunt.dev/shunt/internal/testbed"
 )
 
@@ -98,7 +99,7 @@ func treeOf(t testing.TB, opts Options) (list []string) {
 
 // The constant mirrors the programs'.
 func TestInflightLimit(t *testing.T) {
-	spec, err := bpf.LoadShunt()
+	spec, err := object.LoadShunt()
 	if err != nil {
 		t.Fatal(err)
 	}

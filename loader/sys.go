@@ -6,16 +6,16 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"strconv"
 	"strings"
 	"unsafe"
 
-	"github.com/cilium/ebpf"
 	"golang.org/x/sys/unix"
 )
 
 // The bpf(2) calls of the pod-start path, as thin as they can be: a pod costs
 // some thirty of them, in a process that lives for a few milliseconds.
-// Everything else goes through cilium/ebpf. Pointers in the attributes are
+// What loads the programs goes through cilium/ebpf. Pointers in the attributes are
 // unsafe.Pointers, so that the collector and moving stacks see them: this is for
 // 64-bit machines.
 
@@ -55,12 +55,17 @@ type objAttr struct {
 }
 
 // getPin opens a pinned object.
-func getPin(path string) (fd, error) {
+func getPin(path string) (fd, error) { return openPin(path, 0) }
+
+// getPinToRead opens a pinned map that is not to be changed.
+func getPinToRead(path string) (fd, error) { return openPin(path, unix.BPF_F_RDONLY) }
+
+func openPin(path string, flags uint32) (fd, error) {
 	p, err := unix.BytePtrFromString(path)
 	if err != nil {
 		return -1, err
 	}
-	attr := objAttr{path: unsafe.Pointer(p)}
+	attr := objAttr{path: unsafe.Pointer(p), flags: flags}
 	f, err := syscallBPF(unix.BPF_OBJ_GET, unsafe.Pointer(&attr), unsafe.Sizeof(attr))
 	if err != nil {
 		return -1, &os.PathError{Op: "open pin", Path: path, Err: err}
@@ -97,8 +102,12 @@ type testRunAttr struct {
 // testRun runs a program for packets once, on one that says nothing, in the
 // network namespace of the thread.
 func testRun(prog fd) (ret uint32, err error) {
-	var packet [64]byte
-	attr := testRunAttr{progFD: uint32(prog), sizeIn: uint32(len(packet)), dataIn: unsafe.Pointer(&packet)}
+	return testRunOn(prog, make([]byte, 64))
+}
+
+// testRunOn is testRun with the packet given.
+func testRunOn(prog fd, packet []byte) (ret uint32, err error) {
+	attr := testRunAttr{progFD: uint32(prog), sizeIn: uint32(len(packet)), dataIn: unsafe.Pointer(unsafe.SliceData(packet))}
 	_, err = syscallBPF(unix.BPF_PROG_TEST_RUN, unsafe.Pointer(&attr), unsafe.Sizeof(attr))
 	return attr.ret, err
 }
@@ -159,8 +168,11 @@ func eachKey[K any](m fd, limit int, fn func(key *K)) error {
 		fn(next)
 		prev = next
 	}
-	return errors.New("list a map: it changes all the time")
+	return errMapChanges
 }
+
+// errMapChanges: others change a map so much that its end is not come to.
+var errMapChanges = errors.New("list a map: it changes all the time")
 
 type progLoadAttr struct {
 	progType           uint32
@@ -179,7 +191,7 @@ type progLoadAttr struct {
 
 // loadProgram loads prepared instructions. When the verifier refuses them, it
 // is asked again for its reasons, which go into the error.
-func loadProgram(typ ebpf.ProgramType, attach ebpf.AttachType, name, license string, code []byte) (fd, error) {
+func loadProgram(typ uint32, attach attachType, name, license string, code []byte) (fd, error) {
 	lic := append([]byte(license), 0)
 	attr := progLoadAttr{
 		progType:           uint32(typ),
@@ -221,6 +233,56 @@ func lastLine(log []byte) string {
 	return "the verifier says nothing"
 }
 
+// An attachType says where a program is attached: enum bpf_attach_type.
+type attachType uint32
+
+// Those of a pod's.
+const (
+	attachSockOps      attachType = unix.BPF_CGROUP_SOCK_OPS
+	attachGetsockopt   attachType = unix.BPF_CGROUP_GETSOCKOPT
+	attachConnect4     attachType = unix.BPF_CGROUP_INET4_CONNECT
+	attachConnect6     attachType = unix.BPF_CGROUP_INET6_CONNECT
+	attachGetpeername4 attachType = unix.BPF_CGROUP_INET4_GETPEERNAME
+	attachGetpeername6 attachType = unix.BPF_CGROUP_INET6_GETPEERNAME
+	attachUDP4Recvmsg  attachType = unix.BPF_CGROUP_UDP4_RECVMSG
+	attachUDP6Recvmsg  attachType = unix.BPF_CGROUP_UDP6_RECVMSG
+	attachUDP4Sendmsg  attachType = unix.BPF_CGROUP_UDP4_SENDMSG
+	attachUDP6Sendmsg  attachType = unix.BPF_CGROUP_UDP6_SENDMSG
+	attachSkLookup     attachType = unix.BPF_SK_LOOKUP
+	attachTCXIngress   attachType = unix.BPF_TCX_INGRESS
+)
+
+// String names it as cilium/ebpf and its users do.
+func (a attachType) String() string {
+	switch a {
+	case attachSockOps:
+		return "CGroupSockOps"
+	case attachGetsockopt:
+		return "CGroupGetsockopt"
+	case attachConnect4:
+		return "CGroupInet4Connect"
+	case attachConnect6:
+		return "CGroupInet6Connect"
+	case attachGetpeername4:
+		return "CgroupInet4GetPeername"
+	case attachGetpeername6:
+		return "CgroupInet6GetPeername"
+	case attachUDP4Recvmsg:
+		return "CGroupUDP4Recvmsg"
+	case attachUDP6Recvmsg:
+		return "CGroupUDP6Recvmsg"
+	case attachUDP4Sendmsg:
+		return "CGroupUDP4Sendmsg"
+	case attachUDP6Sendmsg:
+		return "CGroupUDP6Sendmsg"
+	case attachSkLookup:
+		return "SkLookup"
+	case attachTCXIngress:
+		return "TCXIngress"
+	}
+	return "AttachType(" + strconv.FormatUint(uint64(a), 10) + ")"
+}
+
 type linkCreateAttr struct {
 	progFD     uint32
 	targetFD   uint32
@@ -232,7 +294,7 @@ type linkCreateAttr struct {
 // createLink attaches a program. It never falls back to BPF_PROG_ATTACH, whose
 // override mode would switch other people's programs off: links to cgroups are
 // always of the multi kind.
-func createLink(prog, target fd, attach ebpf.AttachType) (fd, error) {
+func createLink(prog, target fd, attach attachType) (fd, error) {
 	attr := linkCreateAttr{progFD: uint32(prog), targetFD: uint32(target), attachType: uint32(attach)}
 	f, err := syscallBPF(unix.BPF_LINK_CREATE, unsafe.Pointer(&attr), unsafe.Sizeof(attr))
 	if err != nil {
@@ -254,7 +316,7 @@ func (f fd) update(prog fd) error {
 
 // query lists the programs that are attached to a cgroup or network namespace
 // itself, in the order in which they run.
-func query(target fd, attach ebpf.AttachType) ([]uint32, error) {
+func query(target fd, attach attachType) ([]uint32, error) {
 	ids := make([]uint32, 64) // a cgroup holds no more (BPF_CGROUP_MAX_PROGS)
 	attr := struct {
 		target, attach, flags, attachFlags uint32
@@ -291,18 +353,33 @@ type linkInfo struct {
 
 // cgroupTarget and netnsTarget read the union: a cgroup id is 64 bits wide, a
 // netns inode 32.
-func (i *linkInfo) cgroupTarget() (id uint64, attach ebpf.AttachType) {
-	return i.target, ebpf.AttachType(i.attach)
+func (i *linkInfo) cgroupTarget() (id uint64, attach attachType) {
+	return i.target, attachType(i.attach)
 }
 
-func (i *linkInfo) netnsTarget() (inode uint32, attach ebpf.AttachType) {
-	return uint32(i.target), ebpf.AttachType(i.target >> 32)
+func (i *linkInfo) netnsTarget() (inode uint32, attach attachType) {
+	return uint32(i.target), attachType(i.target >> 32)
 }
 
 // progInfo is the head of struct bpf_prog_info.
 type progInfo struct {
-	_  uint32 // type
-	id uint32
+	_    uint32 // type
+	id   uint32
+	_    [8]byte   // tag
+	_    [2]uint32 // lengths of the code
+	_    [2]uint64 // the code
+	_    uint64    // load_time
+	_    uint32    // created_by_uid
+	_    uint32    // nr_map_ids
+	_    uint64    // map_ids
+	name [unix.BPF_OBJ_NAME_LEN]byte
+}
+
+// programByID opens a program by the kernel's number for it.
+func programByID(id uint32) (fd, error) {
+	attr := struct{ id, next, flags uint32 }{id: id}
+	f, err := syscallBPF(unix.BPF_PROG_GET_FD_BY_ID, unsafe.Pointer(&attr), unsafe.Sizeof(attr))
+	return fd(f), err
 }
 
 func info[T any](f fd) (*T, error) {

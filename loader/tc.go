@@ -12,8 +12,6 @@ import (
 	"strings"
 	"unsafe"
 
-	"github.com/cilium/ebpf"
-	"github.com/cilium/ebpf/asm"
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
@@ -50,11 +48,9 @@ const (
 	tcHandle   = 0x53484e54 // "SHNT"
 )
 
-// For link creation, since Linux 6.6.
-const (
-	attachTCXIngress = 46
-	flagBefore       = 1 << 3 // BPF_F_BEFORE, with nothing named: first of all
-)
+// flagBefore is BPF_F_BEFORE of link creation, since Linux 6.6: with nothing named,
+// first of all.
+const flagBefore = 1 << 3
 
 func (h InboundHook) valid() error {
 	switch h {
@@ -113,7 +109,7 @@ func (d *Datapath) needFilters() (bool, error) {
 // createTCX attaches a program to the ingress of an interface of the thread's
 // network namespace, before all that are there.
 func createTCX(prog fd, ifindex uint32) (fd, error) {
-	attr := linkCreateAttr{progFD: uint32(prog), targetFD: ifindex, attachType: attachTCXIngress, flags: flagBefore}
+	attr := linkCreateAttr{progFD: uint32(prog), targetFD: ifindex, attachType: uint32(attachTCXIngress), flags: flagBefore}
 	f, err := syscallBPF(unix.BPF_LINK_CREATE, unsafe.Pointer(&attr), unsafe.Sizeof(attr))
 	if err != nil {
 		return -1, fmt.Errorf("attach to TCX ingress: %w", err)
@@ -400,16 +396,6 @@ func removeFilters(r *Record, interfaces []TCInterface) error {
 	return errors.Join(errs...)
 }
 
-// withoutTC replaces the TC program of a collection by one that does nothing: the
-// true one is loaded when the first pod asks for it, and neither its cost nor its
-// refusal by a kernel is for the others.
-func withoutTC(spec *ebpf.CollectionSpec) {
-	spec.Programs[bpf.ShuntProgShuntTc] = &ebpf.ProgramSpec{
-		Type: ebpf.SchedCLS, License: bpf.License,
-		Instructions: asm.Instructions{asm.Mov.Imm(asm.R0, 0), asm.Return()},
-	}
-}
-
 // tcProgram opens the node's TC program, and loads it before that if need be.
 func (d *Datapath) tcProgram() (fd, error) {
 	f, err := d.object(bpf.ShuntProgShuntTc)
@@ -431,35 +417,8 @@ func (d *Datapath) PrepareTC() error {
 
 // loadTC loads the program with the datapath's maps. Its pin is made in one step.
 func (d *Datapath) loadTC() error {
-	spec, err := bpf.LoadShunt()
-	if err != nil {
-		return err
+	if d.opts.Programs == nil {
+		return ErrNoPrograms
 	}
-	d.sizeMaps(spec)
-	maps := map[string]*ebpf.Map{}
-	for name := range spec.Maps {
-		pin := name
-		if name == tracingMap {
-			pin = tracingPin
-		} else if strings.HasPrefix(name, ".") {
-			continue // constants
-		}
-		m, err := ebpf.LoadPinnedMap(filepath.Join(d.dir, pin), nil)
-		if errors.Is(err, fs.ErrNotExist) {
-			continue // only this program has it
-		}
-		if err != nil {
-			return err
-		}
-		defer m.Close()
-		maps[name] = m
-	}
-	var objs struct {
-		TC *ebpf.Program `ebpf:"shunt_tc"`
-	}
-	if err := spec.LoadAndAssign(&objs, &ebpf.CollectionOptions{MapReplacements: maps}); err != nil {
-		return classify(err)
-	}
-	defer objs.TC.Close()
-	return objs.TC.Pin(filepath.Join(d.dir, bpf.ShuntProgShuntTc))
+	return d.opts.Programs.LoadTC(d.request(d.dir))
 }

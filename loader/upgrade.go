@@ -14,7 +14,6 @@ import (
 	"strconv"
 	"strings"
 
-	"github.com/cilium/ebpf"
 	"golang.org/x/sys/unix"
 
 	"shunt.dev/shunt/bpf"
@@ -55,7 +54,7 @@ func (o *Options) build() build {
 	if o.otherBuild != nil {
 		return *o.otherBuild
 	}
-	return build{dir: datapathPrefix + bpf.Digest[:16], layout: bpf.Layout, flags: bpf.PodFlags}
+	return build{dir: ThisBuild(), layout: bpf.Layout, flags: bpf.PodFlags}
 }
 
 // A layout has the digest of each map's layout by the map's name.
@@ -258,20 +257,14 @@ func (d *Datapath) sameStamps(build string) (bool, error) {
 // A heritage is what a datapath that is about to be loaded takes over.
 type heritage struct {
 	epoch string
-	maps  map[string]*ebpf.Map // by name
-}
-
-func (h *heritage) close() {
-	for _, m := range h.maps {
-		m.Close()
-	}
+	maps  map[string]string // the paths of their pins, by name
 }
 
 // inherit finds the datapath whose maps the one that is about to be loaded can go
 // on with: of several, the one that most pods use. Without one all is new. With an
 // error there is nothing to close.
 func (d *Datapath) inherit() (*heritage, error) {
-	h := &heritage{epoch: newEpoch(), maps: map[string]*ebpf.Map{}}
+	h := &heritage{epoch: newEpoch(), maps: map[string]string{}}
 	others, err := otherBuilds(d.opts)
 	if err != nil || len(others) == 0 {
 		return h, err
@@ -305,7 +298,8 @@ func (d *Datapath) inherit() (*heritage, error) {
 		if name == stampLayout || alike[name] != digest {
 			continue
 		}
-		m, err := ebpf.LoadPinnedMap(filepath.Join(d.opts.BPFDir, best, name), nil)
+		pin := filepath.Join(d.opts.BPFDir, best, name)
+		_, err := os.Lstat(pin)
 		if errors.Is(err, fs.ErrNotExist) {
 			if !slices.Contains(needed, name) {
 				continue // what only the TC program needs is not pinned
@@ -313,14 +307,12 @@ func (d *Datapath) inherit() (*heritage, error) {
 			// Moved to a map of the same name that is empty, a pod would be none of ours.
 			d.opts.Log.Warn("pods use another build's datapath, of which a map is gone: they keep its programs until they end",
 				"other", best, "map", name)
-			h.close()
 			return &heritage{epoch: newEpoch()}, nil
 		}
 		if err != nil {
-			h.close()
 			return nil, fmt.Errorf("take over the maps of %s: %w", best, err)
 		}
-		h.maps[name] = m
+		h.maps[name] = pin
 	}
 	h.epoch = epoch
 	d.opts.Log.Info("the datapath is loaded with the maps of another build's, which pods use", "other", best)

@@ -27,6 +27,7 @@ import (
 
 	"shunt.dev/shunt/bpf"
 	"shunt.dev/shunt/internal/testbed"
+	"shunt.dev/shunt/loader/programs"
 )
 
 // another gives the options of another build on the same node: the same programs,
@@ -130,7 +131,7 @@ func runs(t testing.TB, opts Options, p *testbed.Pod, dns bool) {
 	defer ns.Close()
 	// A link whose pin another has replaced goes when the kernel comes to it.
 	testbed.Eventually(t, "sk_lookup runs a stamp, and then the build's own program", func() bool {
-		got, err := query(ns.fd, cebpf.AttachSkLookup)
+		got, err := query(ns.fd, attachSkLookup)
 		return err == nil && len(got) == 2 && got[1] == want[bpf.ShuntProgShuntSkLookup]
 	})
 }
@@ -472,7 +473,7 @@ func TestPrivilegedUpgradeOfFewer(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
-		testbed.Eventually(t, "the program to be off", func() bool { return attached(t, p, cebpf.AttachCGroupUDP4Recvmsg) == 0 })
+		testbed.Eventually(t, "the program to be off", func() bool { return attached(t, p, attachUDP4Recvmsg) == 0 })
 		mustUpgrade(t, next, 1)
 		runs(t, next, p, true)
 	})
@@ -488,7 +489,7 @@ func TestPrivilegedUpgradeOfFewer(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		l, err := createLink(prog, cgroup, cebpf.AttachCGroupGetsockopt)
+		l, err := createLink(prog, cgroup, attachGetsockopt)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -814,7 +815,7 @@ func init() {
 	if len(where) != 3 {
 		return
 	}
-	opts := Options{BPFDir: where[0], RunDir: where[1], Log: slog.New(slog.DiscardHandler)}
+	opts := Options{BPFDir: where[0], RunDir: where[1], Log: slog.New(slog.DiscardHandler), Programs: programs.New()}
 	if where[2] != "" {
 		opts = another(opts, where[2], otherwise(stampLayout))
 	}

@@ -15,7 +15,7 @@ import (
 	"shunt.dev/shunt/bpf"
 	"shunt.dev/shunt/internal/flowgen"
 	"shunt.dev/shunt/internal/testbed"
-	"shunt.dev/shunt/loader"
+	"shunt.dev/shunt/loader/trace"
 	"shunt.dev/shunt/redirect"
 )
 
@@ -186,7 +186,7 @@ func wantTraced(trials []flowgen.Trial) map[string]int {
 	return want
 }
 
-func seeTraced(list []loader.Decision) map[string]int {
+func seeTraced(list []trace.Decision) map[string]int {
 	seen := map[string]int{}
 	for _, d := range list {
 		direction, from, refused := redirect.Outbound, "", bpf.ShuntPlacePLACE_NONE

@@ -23,6 +23,8 @@ import (
 	"shunt.dev/shunt/internal/flowgen"
 	"shunt.dev/shunt/internal/testbed"
 	"shunt.dev/shunt/loader"
+	"shunt.dev/shunt/loader/programs"
+	"shunt.dev/shunt/loader/trace"
 	"shunt.dev/shunt/redirect"
 	ebpfbackend "shunt.dev/shunt/redirect/ebpf"
 	"shunt.dev/shunt/redirect/iptables"
@@ -46,7 +48,7 @@ var kinds = []struct {
 func openEBPF(edit func(*loader.Options)) func(t testing.TB, n *node) {
 	return func(t testing.TB, n *node) {
 		t.Helper()
-		opts := loader.Options{BPFDir: testbed.BPFFS(t) + "/shunt", RunDir: t.TempDir()}
+		opts := loader.Options{BPFDir: testbed.BPFFS(t) + "/shunt", RunDir: t.TempDir(), Programs: programs.New()}
 		if edit != nil {
 			edit(&opts)
 		}
@@ -321,22 +323,22 @@ type production struct {
 	nodes []*node
 	twins []*flowgen.Twin
 	// Of eBPF: who looks on, and what each has seen.
-	tracers []*loader.Tracer
-	traced  [][]loader.Decision
+	tracers []*trace.Tracer
+	traced  [][]trace.Decision
 	repeat  string // a command
 }
 
 // trace looks on while a pod's flows are decided; nil where eBPF has no part.
-func (n *node) trace(t testing.TB, p *testbed.Pod) *loader.Tracer {
+func (n *node) trace(t testing.TB, p *testbed.Pod) *trace.Tracer {
 	t.Helper()
 	if n.bpfDir == "" {
 		return nil
 	}
-	filter := loader.TraceFilter{Rules: []bpf.ShuntRule{bpf.ShuntRuleRULE_NONE}, Pods: []uint64{p.NetnsCookie(t)}}
+	filter := trace.Filter{Rules: []bpf.ShuntRule{bpf.ShuntRuleRULE_NONE}, Pods: []uint64{p.NetnsCookie(t)}}
 	for _, r := range redirect.AllRules() {
 		filter.Rules = append(filter.Rules, bpf.ShuntRule(r))
 	}
-	tracer, err := loader.Trace(loader.Options{BPFDir: n.bpfDir, RunDir: n.runDir}, filter)
+	tracer, err := trace.New(loader.Options{BPFDir: n.bpfDir, RunDir: n.runDir}, filter)
 	if err != nil {
 		t.Fatalf("%s: trace: %v", n.name, err)
 	}
@@ -351,7 +353,7 @@ func (n *node) trace(t testing.TB, p *testbed.Pod) *loader.Tracer {
 // look takes what the tracers have seen so far.
 func (p *production) look(t testing.TB) {
 	t.Helper()
-	p.traced = make([][]loader.Decision, len(p.nodes))
+	p.traced = make([][]trace.Decision, len(p.nodes))
 	for k, tracer := range p.tracers {
 		if tracer == nil {
 			continue

@@ -20,6 +20,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"shunt.dev/shunt/bpf"
+	"shunt.dev/shunt/bpf/object"
 	"shunt.dev/shunt/internal/testbed"
 )
 
@@ -67,9 +68,9 @@ func gate(t *testing.T, now Table) {
 	}
 }
 
-func object(t *testing.T) *ebpf.CollectionSpec {
+func spec(t *testing.T) *ebpf.CollectionSpec {
 	t.Helper()
-	spec, err := bpf.LoadShunt()
+	spec, err := object.LoadShunt()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -77,7 +78,7 @@ func object(t *testing.T) *ebpf.CollectionSpec {
 }
 
 // TestObject has the numbers that are the same everywhere.
-func TestObject(t *testing.T) { gate(t, FromSpec(object(t))) }
+func TestObject(t *testing.T) { gate(t, FromSpec(spec(t))) }
 
 // kernel names the running one as the table does.
 func kernel(t *testing.T) string {
@@ -98,7 +99,7 @@ func kernel(t *testing.T) string {
 func TestPrivilegedLoaded(t *testing.T) {
 	testbed.Privileged(t)
 	testbed.NoLeaks(t)
-	spec := object(t)
+	spec := spec(t)
 	now := FromSpec(spec)
 	// As the loader does where the kernel has everything.
 	for _, v := range []string{bpf.ShuntVarHaveMptcp, bpf.ShuntVarHaveSetRetval} {

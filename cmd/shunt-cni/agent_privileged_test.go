@@ -65,7 +65,15 @@ func TestPrivilegedAgent(t *testing.T) {
 	}
 	n.MustDel(t, p)
 
-	got, _ := setups(t, n.RunDir)
+	var got []spool.Setup
+	if _, err := spool.Drain(n.RunDir, func(line []byte) {
+		if s, ok := spool.ParseSetup(line); ok {
+			s.Seconds = 0
+			got = append(got, s)
+		}
+	}); err != nil {
+		t.Error(err)
+	}
 	want := []spool.Setup{
 		{Backend: "ebpf", Result: spool.ResultOK, Reason: "served"},
 		{Result: spool.ResultFailed},

@@ -20,6 +20,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"shunt.dev/shunt/internal/answer"
+	"shunt.dev/shunt/internal/cni"
 	"shunt.dev/shunt/internal/testbed"
 	"shunt.dev/shunt/redirect"
 )
@@ -164,7 +165,7 @@ func TestPrivilegedFallback(t *testing.T) {
 			}
 
 			r := n.Add(t, p, testbed.Set("datapath", "ebpf"))
-			if r.ExitCode != 1 || r.Code() != codeProgram {
+			if r.ExitCode != 1 || r.Code() != cni.CodeProgram {
 				t.Fatalf("datapath ebpf: %s", r)
 			}
 			expect("the error", message(r))
@@ -340,7 +341,7 @@ func TestPrivilegedBadIptables(t *testing.T) {
 				n.Config = config
 				p := n.pod(t)
 				r := n.Add(t, p)
-				if r.ExitCode != 1 || r.Code() != codeProgram || len(r.Stdout) == 0 {
+				if r.ExitCode != 1 || r.Code() != cni.CodeProgram || len(r.Stdout) == 0 {
 					t.Fatalf("%v: %s", config, r)
 				}
 				if r.Elapsed > 30*time.Second {

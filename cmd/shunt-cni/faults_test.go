@@ -15,7 +15,7 @@ import (
 	"sync"
 	"testing"
 
-	"shunt.dev/shunt/bpf"
+	"shunt.dev/shunt/bpf/object"
 	"shunt.dev/shunt/internal/testbed"
 )
 
@@ -67,7 +67,7 @@ func (m *matrix) note(step, column, outcome string) {
 
 // mapNames are those of the datapath's maps.
 func mapNames() []string {
-	spec, err := bpf.LoadShunt()
+	spec, err := object.LoadShunt()
 	if err != nil {
 		panic(err) // it is compiled in
 	}

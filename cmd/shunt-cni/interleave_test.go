@@ -15,6 +15,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"shunt.dev/shunt/bpf"
+	"shunt.dev/shunt/internal/cni"
 	"shunt.dev/shunt/internal/testbed"
 )
 
@@ -161,7 +162,7 @@ func (x *interleaving) one(t *testing.T) bool {
 		p.state = podUnknown
 		x.killed(p, command == "ADD" && forget)
 	case command == "CHECK":
-		if p.state == podUp && !r.OK() || p.state == podDown && r.Code() != codeDiffers {
+		if p.state == podUp && !r.OK() || p.state == podDown && r.Code() != cni.CodeDiffers {
 			t.Errorf("CHECK of pod %s (%s), which is in state %d: %s", p.Name, p.kind, p.state, r)
 		}
 	case !r.OK():

@@ -3,136 +3,34 @@
 package main
 
 import (
-	"bytes"
-	"encoding/json"
-	"errors"
-	"os"
 	"os/exec"
+	"slices"
 	"strings"
 	"testing"
-	"time"
-
-	"github.com/google/go-cmp/cmp"
 
 	"shunt.dev/shunt/internal/testbed"
 )
 
-// asPlugin makes the test binary behave as the plugin.
-const asPlugin = "SHUNT_CNI_TEST_AS_PLUGIN"
+func TestMain(m *testing.M) { testbed.Main(m) }
 
-func TestMain(m *testing.M) {
-	if os.Getenv(asPlugin) != "" {
-		main()
-		os.Exit(0)
-	}
-	testbed.Main(m)
-}
-
-// run runs the plugin as a process.
-func run(t *testing.T, stdin string, env ...string) (stdout string, exit int) {
-	t.Helper()
-	cmd := exec.CommandContext(t.Context(), os.Args[0])
-	// A test binary with the race detector would rest for a second at exit.
-	cmd.Env = append(env, asPlugin+"=1", "GORACE=atexit_sleep_ms=0")
-	cmd.Stdin = strings.NewReader(stdin)
-	var out bytes.Buffer
-	cmd.Stdout = &out
-	err := cmd.Run()
-	var code *exec.ExitError
-	if err != nil && !errors.As(err, &code) {
+// TestSmall: what makes a process slow to start is in the larger executable alone.
+func TestSmall(t *testing.T) {
+	out, err := exec.Command("go", "list", "-deps", ".").Output()
+	if err != nil {
 		t.Fatal(err)
 	}
-	return out.String(), cmd.ProcessState.ExitCode()
-}
-
-func attachment(command, args string) []string {
-	return []string{
-		"CNI_COMMAND=" + command, "CNI_CONTAINERID=c1", "CNI_NETNS=/none/such", "CNI_IFNAME=eth0", "CNI_PATH=/opt/cni/bin", "CNI_ARGS=" + args,
-	}
-}
-
-func TestProcessVersion(t *testing.T) {
-	out, exit := run(t, "", "CNI_COMMAND=VERSION")
-	var got struct {
-		CNIVersion        string
-		SupportedVersions []string
-	}
-	if err := json.Unmarshal([]byte(out), &got); err != nil || exit != 0 {
-		t.Fatalf("exit %d: %s", exit, out)
-	}
-	if diff := cmp.Diff([]string{"0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0"}, got.SupportedVersions); diff != "" {
-		t.Errorf("versions (-want +got):\n%s", diff)
-	}
-	if out, exit := run(t, ""); out != "" || exit != 0 {
-		t.Errorf("without a command: exit %d, printed %s", exit, out)
-	}
-}
-
-// TestProcessSkip: a pod of an excluded namespace, in every version, with a
-// netns, a kubeconfig and directories that are not there.
-func TestProcessSkip(t *testing.T) {
-	for _, version := range []string{"0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0"} {
-		stdin := `{"type":"shunt-cni","name":"n","cniVersion":"` + version + `","runDir":"/none/run","bpfDir":"/none/bpf",` + prevOf(version) + `}`
-		out, exit := run(t, stdin, attachment("ADD", "K8S_POD_NAMESPACE=kube-system;K8S_POD_NAME=p")...)
-		if out != prevBytes(version) || exit != 0 {
-			t.Errorf("%s: exit %d, printed %s", version, exit, out)
+	for pkg := range strings.FieldsSeq(string(out)) {
+		for _, large := range []string{
+			"net/http", "crypto", "os/exec", "os/user", "html", "text/template", "testing",
+			"github.com/cilium/ebpf", "sigs.k8s.io", "k8s.io", "go.yaml.in", "github.com/spf13", "google.golang.org",
+			"shunt.dev/shunt/bpf/object", "shunt.dev/shunt/internal/kubeapi", "shunt.dev/shunt/redirect/backends",
+		} {
+			if pkg == large || strings.HasPrefix(pkg, large+"/") {
+				t.Errorf("the small executable has %s", pkg)
+			}
 		}
 	}
-}
-
-// TestProcessErrors: one error object on standard output, nothing else.
-func TestProcessErrors(t *testing.T) {
-	const conf = `{"type":"shunt-cni","name":"n","cniVersion":"1.1.0","runDir":"/none/run","bpfDir":"/none/bpf"}`
-	pod := "K8S_POD_NAMESPACE=ns;K8S_POD_NAME=p;K8S_POD_UID=u"
-	for _, tc := range []struct {
-		name, stdin string
-		env         []string
-		code        uint
-		want        string
-	}{
-		{"not JSON", `{`, attachment("ADD", pod), 6, ""},
-		{"trailing", conf + `x`, attachment("ADD", pod), 6, ""},
-		{"old version", strings.Replace(conf, "1.1.0", "0.2.0", 1), attachment("ADD", pod), 1, "incompatible"},
-		{"unknown key", strings.Replace(conf, "bpfDir", "bpfdir", 1), attachment("ADD", pod), 7, `expected "bpfDir"`},
-		{"no kubeconfig", strings.Replace(conf, "{", `{"podFactsTimeout":"500ms",`, 1), attachment("ADD", pod), 11, "read kubeconfig /none/run/kubeconfig: open /none/run/kubeconfig: no such file"},
-		{"container id", conf, append(attachment("ADD", pod), "CNI_CONTAINERID=../x"), 4, "containerID"},
-		{"interface", conf, append(attachment("ADD", pod), "CNI_IFNAME=a/b"), 4, "interface name"},
-		{"no netns", conf, append(attachment("ADD", pod), "CNI_NETNS="), 4, "CNI_NETNS"},
-		{"command", conf, attachment("UPDATE", pod), 4, "UPDATE"},
-		{"GC without a list", conf, []string{"CNI_COMMAND=GC", "CNI_PATH=/x"}, 7, "cni.dev/valid-attachments is missing"},
-		{"STATUS", strings.Replace(conf, "{", `{"datapath":"ebpf","cgroupRoot":"/proc",`, 1), []string{"CNI_COMMAND=STATUS", "CNI_PATH=/x"}, 50, "no cgroup2: cgroupRoot: /proc"},
-	} {
-		t.Run(tc.name, func(t *testing.T) {
-			start := time.Now()
-			out, exit := run(t, tc.stdin, tc.env...)
-			var got struct {
-				Code uint
-				Msg  string
-			}
-			if err := json.Unmarshal([]byte(out), &got); err != nil || exit != 1 || got.Code != tc.code || !strings.Contains(got.Msg, tc.want) {
-				t.Errorf("exit %d, printed %s (%v)\nwant code %d: %s", exit, out, err, tc.code, tc.want)
-			}
-			if took := time.Since(start); took > 10*time.Second {
-				t.Errorf("took %v", took)
-			}
-		})
-	}
-}
-
-// TestProcessDel: there is nothing to do, and that is no error.
-func TestProcessDel(t *testing.T) {
-	dir := t.TempDir()
-	stdin := `{"type":"shunt-cni","name":"n","cniVersion":"1.1.0","runDir":"` + dir + `/run","bpfDir":"` + dir + `/bpf"}`
-	if out, exit := run(t, stdin, append(attachment("DEL", ""), "CNI_NETNS=")...); out != "" || exit != 0 {
-		t.Errorf("exit %d, printed %s", exit, out)
-	}
-}
-
-// TestAbout: who runs the plugin by hand is told what it is, and what to run.
-func TestAbout(t *testing.T) {
-	for _, want := range []string{"shunt-cni " + buildVersion, "container runtime", "run shunt."} {
-		if !strings.Contains(about(), want) {
-			t.Errorf("%q lacks %q", about(), want)
-		}
+	if !slices.Contains(strings.Fields(string(out)), "shunt.dev/shunt/redirect/ebpf") {
+		t.Error("what was listed is not the plugin")
 	}
 }

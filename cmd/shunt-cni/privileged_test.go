@@ -27,6 +27,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"shunt.dev/shunt/bpf"
+	"shunt.dev/shunt/internal/cni"
 	"shunt.dev/shunt/internal/testbed"
 )
 
@@ -506,7 +507,7 @@ func TestPrivilegedAdd(t *testing.T) {
 				t.Errorf("after DEL: %q at %q from %q", r.Errno, r.Step, r.Listener())
 			}
 		}
-		if r := n.Check(t, p); r.Code() != codeDiffers || !strings.Contains(r.Err.Msg, "not attached") {
+		if r := n.Check(t, p); r.Code() != cni.CodeDiffers || !strings.Contains(r.Err.Msg, "not attached") {
 			t.Errorf("CHECK after DEL: %s", r)
 		}
 		proxy.Stop(t)
@@ -708,17 +709,17 @@ func TestPrivilegedBadAdd(t *testing.T) {
 		},
 		{
 			"no pod cgroup", func(t *testing.T, _ *node, p *testbed.Pod) []testbed.Override { p.RemoveCgroup(t); return nil },
-			codeProgram,
+			cni.CodeProgram,
 			[]string{"no cgroup of the pod", "cgroupPath"},
 		},
 		{
-			"no cgroup2", set("cgroupRoot", "/proc"), codeProgram, []string{"cgroupRoot", "/proc", "cgroup2"},
+			"no cgroup2", set("cgroupRoot", "/proc"), cni.CodeProgram, []string{"cgroupRoot", "/proc", "cgroup2"},
 		},
 		{
 			"bpfDir not on a bpffs", func(t *testing.T, n *node, _ *testbed.Pod) []testbed.Override {
 				n.BPFDir = filepath.Join(t.TempDir(), "some", "where")
 				return nil
-			}, codeProgram, []string{"bpfDir", "/some/where is not in one", "no bpffs", "mount -t bpf"},
+			}, cni.CodeProgram, []string{"bpfDir", "/some/where is not in one", "no bpffs", "mount -t bpf"},
 		},
 		{"no such netns", netns("/none/such"), 8, []string{"/none/such", "no such file"}},
 		{"netns is no netns", netns("/proc/version"), 8, []string{"/proc/version is not a network namespace"}},
@@ -727,11 +728,11 @@ func TestPrivilegedBadAdd(t *testing.T) {
 		{"netns is the parent's", netns(fmt.Sprintf("/proc/%d/ns/net", os.Getpid())), 8, []string{"host's own"}},
 		{"no netns", netns(""), 4, []string{"CNI_NETNS"}},
 		{
-			"EPERM to enter", without(unix.CAP_SYS_ADMIN, unix.CAP_BPF, unix.CAP_PERFMON), codeProgram,
+			"EPERM to enter", without(unix.CAP_SYS_ADMIN, unix.CAP_BPF, unix.CAP_PERFMON), cni.CodeProgram,
 			[]string{"operation not permitted", "network namespace"},
 		},
 		{
-			"EPERM to configure", without(unix.CAP_NET_ADMIN), codeProgram, []string{"operation not permitted", "::6"},
+			"EPERM to configure", without(unix.CAP_NET_ADMIN), cni.CodeProgram, []string{"operation not permitted", "::6"},
 		},
 	} {
 		t.Run(c.name, func(t *testing.T) {
@@ -745,7 +746,7 @@ func TestPrivilegedBadAdd(t *testing.T) {
 			config, bpfDir, env, plugin, kubeconfig := n.Config, n.BPFDir, n.Env, n.Plugin, n.Kubeconfig
 			var overrides []testbed.Override
 			if c.code == 11 {
-				limit := oneAnswer
+				limit := "3s" // in which one answer comes, by TLS and under -race
 				if c.name == "API hangs" || c.name == "no kubeconfig" {
 					limit = factsLimit
 				}
@@ -870,8 +871,8 @@ func TestPrivilegedOtherLayout(t *testing.T) {
 	second := *old
 	second.ContainerID = "second"
 	r := n.Add(t, &second)
-	if r.Code() != codeProgram || !strings.Contains(message(r), "another build") || !strings.Contains(message(r), "whose maps this one has not") {
-		t.Errorf("ADD to the network namespace of a pod of another build: %s; want an error of code %d that says so", r, codeProgram)
+	if r.Code() != cni.CodeProgram || !strings.Contains(message(r), "another build") || !strings.Contains(message(r), "whose maps this one has not") {
+		t.Errorf("ADD to the network namespace of a pod of another build: %s; want an error of code %d that says so", r, cni.CodeProgram)
 	}
 	n.MustDel(t, &second)
 	keeps()

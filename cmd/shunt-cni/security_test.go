@@ -24,6 +24,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"shunt.dev/shunt/bpf"
+	"shunt.dev/shunt/internal/cni"
 	"shunt.dev/shunt/internal/testbed"
 	"shunt.dev/shunt/loader"
 )
@@ -375,7 +376,7 @@ func TestPrivilegedIntruder(t *testing.T) {
 			if !slices.Contains(did, "detach a link by its id") {
 				t.Errorf("it could %q: docs/SECURITY.md says more of a privileged pod", did)
 			}
-			if r := n.Check(t, p); r.Code() != codeDiffers || !strings.Contains(message(r), "not attached") {
+			if r := n.Check(t, p); r.Code() != cni.CodeDiffers || !strings.Contains(message(r), "not attached") {
 				t.Errorf("CHECK: %s", r)
 			}
 		})
@@ -558,7 +559,7 @@ func TestPrivilegedForeignDirs(t *testing.T) {
 				t.Fatal(err)
 			}
 			r := n.Add(t, p)
-			if r.Code() != codeProgram || !strings.Contains(message(r), c.says) {
+			if r.Code() != cni.CodeProgram || !strings.Contains(message(r), c.says) {
 				t.Errorf("ADD: %s; want an error that says %q", r, c.says)
 			}
 			if h := hooksOf(t, p); len(h) > 0 || ruled(t, p) {

@@ -48,16 +48,19 @@ func newRealBed(t *testing.T) *realBed {
 	b.bpf = filepath.Join(testbed.BPFFS(t), "shunt")
 	b.netconf(`"logLevel": "info"`)
 	plugin := testbed.BuildPlugin(t)
-	if err := os.Remove(filepath.Join(b.binaries, "shunt-cni")); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.Link(plugin, filepath.Join(b.binaries, "shunt-cni")); err != nil {
-		data, err := os.ReadFile(plugin)
-		if err == nil {
-			err = os.WriteFile(filepath.Join(b.binaries, "shunt-cni"), data, 0o755) //nolint:gosec // a program
-		}
-		if err != nil {
+	for _, name := range []string{"shunt-cni", "shunt"} {
+		from, to := filepath.Join(filepath.Dir(plugin), name), filepath.Join(b.binaries, name)
+		if err := os.Remove(to); err != nil {
 			t.Fatal(err)
+		}
+		if err := os.Link(from, to); err != nil {
+			data, err := os.ReadFile(from)
+			if err == nil {
+				err = os.WriteFile(to, data, 0o755) //nolint:gosec // a program
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
 		}
 	}
 	b.cni = &testbed.CNI{Plugin: filepath.Join(b.bin, "shunt-cni"), CNIVersion: "1.1.0", RunDir: b.run, BPFDir: b.bpf, Env: []string{"GORACE=atexit_sleep_ms=0"}}

@@ -16,6 +16,8 @@ import (
 	"syscall"
 
 	"github.com/spf13/cobra"
+
+	"shunt.dev/shunt/internal/handover"
 )
 
 // buildVersion is set by the linker.
@@ -61,6 +63,10 @@ func failed(err error) error {
 var environment = os.Getenv
 
 func main() {
+	if isPlugin(os.Args) {
+		servePlugin(handover.Reason(os.Args[2]))
+		return
+	}
 	// The first signal lets a verb undo what it is at; the second ends it.
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	context.AfterFunc(ctx, stop)

@@ -11,6 +11,7 @@ import (
 
 	"shunt.dev/shunt/internal/netconf"
 	"shunt.dev/shunt/internal/probe"
+	"shunt.dev/shunt/internal/probe/kernel"
 	"shunt.dev/shunt/internal/selftest"
 	"shunt.dev/shunt/loader"
 	"shunt.dev/shunt/redirect/iptables"
@@ -91,7 +92,7 @@ func (p *prober) run(cmd *cobra.Command, out *format) error {
 
 // collect makes the report, without a self-test.
 func collect(ctx context.Context, conf *netconf.Config) *probe.Report {
-	rows := loader.Probe(ctx, loader.ProbeOptions{
+	rows := kernel.Probe(ctx, kernel.Options{
 		BPFDir: conf.BPFDir, CgroupRoot: conf.CgroupRoot,
 		ListenMPTCP: selftest.ListenMPTCP(child),
 	})

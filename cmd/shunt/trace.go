@@ -26,6 +26,7 @@ import (
 	"shunt.dev/shunt/bpf"
 	"shunt.dev/shunt/internal/netconf"
 	"shunt.dev/shunt/loader"
+	"shunt.dev/shunt/loader/trace"
 	"shunt.dev/shunt/redirect"
 )
 
@@ -191,7 +192,7 @@ type tracing struct {
 	pod        *podName // nil: all
 	count      int      // of decisions to show; 0: any number
 
-	tracer *loader.Tracer
+	tracer *trace.Tracer
 	pods   map[uint64]*podName // by their network namespaces' cookies
 	looked string              // what the records' folders looked like when they were read last
 	told   map[string]bool     // notices
@@ -207,12 +208,12 @@ func (t *tracing) run(ctx context.Context, rules []bpf.ShuntRule) (err error) {
 	if err := t.untraceable(all); err != nil {
 		return err
 	}
-	filter := loader.TraceFilter{Rules: rules}
+	filter := trace.Filter{Rules: rules}
 	if t.pod != nil {
 		filter.Pods = []uint64{} // until look finds it
 	}
-	t.tracer, err = loader.Trace(loader.Options{BPFDir: t.conf.BPFDir, RunDir: t.conf.RunDir}, filter)
-	if errors.Is(err, loader.ErrTracers) {
+	t.tracer, err = trace.New(loader.Options{BPFDir: t.conf.BPFDir, RunDir: t.conf.RunDir}, filter)
+	if errors.Is(err, trace.ErrTracers) {
 		return fmt.Errorf("%w: end one of them (`pgrep -af 'shunt trace'`)", err)
 	}
 	if err != nil {
@@ -384,7 +385,7 @@ func escapeC1(line []byte) []byte {
 func isC1(r rune) bool { return r >= 0x7f && r <= 0x9f }
 
 // newTraced is what trace writes of a decision.
-func newTraced(d *loader.Decision, pod *podName) *traced {
+func newTraced(d *trace.Decision, pod *podName) *traced {
 	x := &traced{
 		Type: "decision", Time: d.Time, Pod: pod,
 		Direction: redirect.Outbound.String(), Proto: redirect.TCP.String(), Destination: d.Dst,
@@ -407,7 +408,7 @@ func newTraced(d *loader.Decision, pod *podName) *traced {
 	return x
 }
 
-func (t *tracing) show(d *loader.Decision) error {
+func (t *tracing) show(d *trace.Decision) error {
 	pod := t.pods[d.Cookie]
 	if pod == nil {
 		// It may have come since the last look: its record was there before its

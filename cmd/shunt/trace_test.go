@@ -29,33 +29,34 @@ import (
 	"shunt.dev/shunt/internal/netconf"
 	"shunt.dev/shunt/internal/testbed"
 	"shunt.dev/shunt/loader"
+	"shunt.dev/shunt/loader/trace"
 	"shunt.dev/shunt/redirect"
 )
 
 var tracedCases = []struct {
 	name string
-	d    loader.Decision
+	d    trace.Decision
 	pod  *podName
 	text string // the columns, without the time
 	json string
 }{
 	{
 		"redirected",
-		loader.Decision{Rule: bpf.ShuntRule(redirect.RuleOutIncludeCIDR), Protocol: unix.IPPROTO_TCP, Dst: netip.MustParseAddrPort("10.99.3.4:80"), PID: 4711, Command: "curl", UID: 1000, GID: 1001},
+		trace.Decision{Rule: bpf.ShuntRule(redirect.RuleOutIncludeCIDR), Protocol: unix.IPPROTO_TCP, Dst: netip.MustParseAddrPort("10.99.3.4:80"), PID: 4711, Command: "curl", UID: 1000, GID: 1001},
 		&podName{Namespace: "shop", Name: "reviews", UID: "u"},
 		"shop/reviews curl/4711 10.99.3.4:80 OUT out-include-cidr",
 		`{"type":"decision","time":"2026-01-02T03:04:05.000006Z","pod":{"namespace":"shop","name":"reviews","uid":"u"},"direction":"outbound","proto":"tcp","process":{"pid":4711,"name":"curl","uid":1000,"gid":1001},"destination":"10.99.3.4:80","verdict":"OUT","rule":"out-include-cidr"}`,
 	},
 	{
 		"a datagram of a pod that no record knows, and of a process with a bold name",
-		loader.Decision{Rule: bpf.ShuntRule(redirect.RuleOutDNS), Protocol: unix.IPPROTO_UDP, Dst: netip.MustParseAddrPort("[fd96::10]:53"), PID: 1, Command: "\x1b[2J<é\u009b1m\xff"},
+		trace.Decision{Rule: bpf.ShuntRule(redirect.RuleOutDNS), Protocol: unix.IPPROTO_UDP, Dst: netip.MustParseAddrPort("[fd96::10]:53"), PID: 1, Command: "\x1b[2J<é\u009b1m\xff"},
 		nil,
 		"? ?[2J<é?1m�/1 [fd96::10]:53/udp DNS out-dns",
 		`{"type":"decision","time":"2026-01-02T03:04:05.000006Z","direction":"outbound","proto":"udp","process":{"pid":1,"name":"\u001b[2J<é\u009b1m�","uid":0,"gid":0},"destination":"[fd96::10]:53","verdict":"DNS","rule":"out-dns"}`,
 	},
 	{
 		"refused",
-		loader.Decision{
+		trace.Decision{
 			Rule: bpf.ShuntRule(redirect.RuleInInclude), Protocol: unix.IPPROTO_TCP, Dst: netip.MustParseAddrPort("10.244.0.10:8080"), Src: netip.MustParseAddrPort("10.9.9.9:40000"), Interface: 2,
 			Failure: &loader.ErrorCount{Place: bpf.ShuntPlacePLACE_LISTENER_NONE, Errno: unix.ENOENT},
 		},
@@ -65,7 +66,7 @@ var tracedCases = []struct {
 	},
 	{
 		"refused before there was a rule",
-		loader.Decision{Protocol: unix.IPPROTO_TCP, Dst: netip.MustParseAddrPort("[fd99::1]:443"), PID: 7, Command: "app", Failure: &loader.ErrorCount{Place: bpf.ShuntPlacePLACE_CONNECT_TPROXY, Errno: unix.EAGAIN}},
+		trace.Decision{Protocol: unix.IPPROTO_TCP, Dst: netip.MustParseAddrPort("[fd99::1]:443"), PID: 7, Command: "app", Failure: &loader.ErrorCount{Place: bpf.ShuntPlacePLACE_CONNECT_TPROXY, Errno: unix.EAGAIN}},
 		&podName{Namespace: "shop", Name: "reviews"},
 		"shop/reviews app/7 [fd99::1]:443 - -; refused by connect, tproxy EAGAIN: the proxy's connection from a client's address could not be kept in the pod: connect denied",
 		`{"type":"decision","time":"2026-01-02T03:04:05.000006Z","pod":{"namespace":"shop","name":"reviews"},"direction":"outbound","proto":"tcp","process":{"pid":7,"name":"app","uid":0,"gid":0},"destination":"[fd99::1]:443","refused":{"program":"connect","error":"tproxy EAGAIN","text":"the proxy's connection from a client's address could not be kept in the pod: connect denied"}}`,
@@ -134,7 +135,7 @@ func TestTraceUsage(t *testing.T) {
 // since, whose record is there before its programs are.
 func TestTraceNames(t *testing.T) {
 	var out bytes.Buffer
-	x := &tracing{conf: &netconf.Config{RunDir: t.TempDir()}, out: &out, json: true, tracer: new(loader.Tracer), told: map[string]bool{}}
+	x := &tracing{conf: &netconf.Config{RunDir: t.TempDir()}, out: &out, json: true, tracer: new(trace.Tracer), told: map[string]bool{}}
 	records := filepath.Join(x.conf.RunDir, "attachments")
 	for cookie, name := range []string{"first", "second", "third"} {
 		if cookie == 2 { // long after the one before
@@ -153,7 +154,7 @@ func TestTraceNames(t *testing.T) {
 			t.Fatal(err)
 		}
 		out.Reset()
-		if err := x.show(&loader.Decision{Cookie: uint64(cookie)}); err != nil {
+		if err := x.show(&trace.Decision{Cookie: uint64(cookie)}); err != nil {
 			t.Fatal(err)
 		}
 		if want := `"pod":{"namespace":"shop","name":"` + name + `"}`; !strings.Contains(out.String(), want) {
@@ -161,21 +162,21 @@ func TestTraceNames(t *testing.T) {
 		}
 	}
 	out.Reset()
-	if err := x.show(&loader.Decision{Cookie: 99}); err != nil || strings.Contains(out.String(), `"pod"`) {
+	if err := x.show(&trace.Decision{Cookie: 99}); err != nil || strings.Contains(out.String(), `"pod"`) {
 		t.Errorf("of a pod that no record knows: %q, %v", out.String(), err)
 	}
 }
 
-// A trace is a running `shunt trace`.
-type trace struct {
+// A traceRun is a running `shunt trace`.
+type traceRun struct {
 	cmd   *exec.Cmd
 	lines chan string // of its standard output; closed at its end
 	errs  strings.Builder
 }
 
-func (n *node) trace(t *testing.T, args ...string) *trace {
+func (n *node) trace(t *testing.T, args ...string) *traceRun {
 	t.Helper()
-	x := &trace{cmd: exec.CommandContext(t.Context(), n.shunt, append([]string{"trace"}, args...)...), lines: make(chan string, 1000)}
+	x := &traceRun{cmd: exec.CommandContext(t.Context(), n.shunt, append([]string{"trace"}, args...)...), lines: make(chan string, 1000)}
 	x.cmd.Env = append(os.Environ(), "GORACE=atexit_sleep_ms=0")
 	out, w, err := os.Pipe()
 	if err != nil {
@@ -203,7 +204,7 @@ func (n *node) trace(t *testing.T, args ...string) *trace {
 }
 
 // next gives the next line, "" at the end.
-func (x *trace) next(t *testing.T) string {
+func (x *traceRun) next(t *testing.T) string {
 	t.Helper()
 	select {
 	case line := <-x.lines:
@@ -215,7 +216,7 @@ func (x *trace) next(t *testing.T) string {
 }
 
 // end waits for the end.
-func (x *trace) end(t *testing.T, exit int) (errs string) {
+func (x *traceRun) end(t *testing.T, exit int) (errs string) {
 	t.Helper()
 	_ = x.cmd.Wait() // its status is looked at
 	if got := x.cmd.ProcessState.ExitCode(); got != exit {
@@ -254,7 +255,7 @@ func TestPrivilegedTrace(t *testing.T) {
 		n.want(t, 0, "is redirected", "apply", "--netns", p.NetnsPath(), "--netconf", n.conf(t, datapath), "--pod", pod)
 	}
 	name := p.Namespace + "/" + p.Name
-	next := func(x *trace) (got traced) {
+	next := func(x *traceRun) (got traced) {
 		t.Helper()
 		line := x.next(t)
 		d := json.NewDecoder(strings.NewReader(line))
@@ -282,7 +283,7 @@ func TestPrivilegedTrace(t *testing.T) {
 
 	// first gives the first decision of a pod's app, to dst. Those of the first pod's
 	// earlier connections may come before it.
-	first := func(x *trace, a *testbed.App, dst string) traced {
+	first := func(x *traceRun, a *testbed.App, dst string) traced {
 		t.Helper()
 		for {
 			got := next(x)
@@ -300,7 +301,7 @@ func TestPrivilegedTrace(t *testing.T) {
 	// Nothing is loaded yet, and no pod there.
 	x := n.trace(t, "--netconf", conf, "-o", "json")
 	named := n.trace(t, "--netconf", conf, "-o", "json", "--pod", name, "--direct")
-	for _, x := range []*trace{x, named} {
+	for _, x := range []*traceRun{x, named} {
 		var notice traceNotice
 		if line := x.next(t); json.Unmarshal([]byte(line), &notice) != nil || notice.Type != "notice" || !strings.Contains(notice.Text, "no eBPF datapath of this build is loaded here yet") {
 			t.Errorf("on a node without a datapath: %q", line)
@@ -317,7 +318,7 @@ func TestPrivilegedTrace(t *testing.T) {
 		expectServed(t, app, "10.99.3.4:3306", "world")
 		return len(named.lines) > 0
 	})
-	for _, x := range []*trace{x, named} {
+	for _, x := range []*traceRun{x, named} {
 		want("direct", first(x, app, "10.99.3.4:3306"), p, app, "10.99.3.4:3306", "direct", "out-exclude-port")
 	}
 	// A pod comes while somebody looks on, and is named from its first connection on.

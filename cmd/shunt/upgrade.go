@@ -11,6 +11,7 @@ import (
 
 	"shunt.dev/shunt/internal/netconf"
 	"shunt.dev/shunt/loader"
+	"shunt.dev/shunt/loader/programs"
 )
 
 func newUpgradeCmd() *cobra.Command {
@@ -46,7 +47,7 @@ pods keep another build's programs.`,
 			return err
 		}
 		done, err := loader.Upgrade(cmd.Context(), loader.Options{
-			BPFDir: conf.BPFDir, RunDir: conf.RunDir,
+			BPFDir: conf.BPFDir, RunDir: conf.RunDir, Programs: programs.New(),
 			Log: slog.New(slog.NewTextHandler(cmd.ErrOrStderr(), &slog.HandlerOptions{Level: level})),
 		})
 		if err := printUpgraded(cmd.OutOrStdout(), done); err != nil {

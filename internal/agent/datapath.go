@@ -11,6 +11,7 @@ import (
 
 	"shunt.dev/shunt/internal/answer"
 	"shunt.dev/shunt/loader"
+	"shunt.dev/shunt/loader/programs"
 	"shunt.dev/shunt/redirect"
 	"shunt.dev/shunt/redirect/ebpf"
 )
@@ -46,7 +47,7 @@ func newPreloader(f *configFile, runDir string, log *slog.Logger) *preloader {
 	return &preloader{
 		config: f, log: log, first: make(chan struct{}), text: "not tried yet",
 		ready: func(ctx context.Context, c *config) error {
-			b := ebpf.New(loader.Options{BPFDir: c.BPFDir, RunDir: runDir, Log: log})
+			b := ebpf.New(loader.Options{BPFDir: c.BPFDir, RunDir: runDir, Log: log, Programs: programs.New()})
 			err := b.Ready(ctx)
 			switch hook := redirect.Hook(c.InboundHook); {
 			case err != nil || hook == redirect.HookSkLookup:

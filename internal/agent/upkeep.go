@@ -10,6 +10,7 @@ import (
 
 	"shunt.dev/shunt/internal/netconf"
 	"shunt.dev/shunt/loader"
+	"shunt.dev/shunt/loader/programs"
 	"shunt.dev/shunt/redirect"
 	"shunt.dev/shunt/redirect/ebpf"
 )
@@ -45,7 +46,7 @@ type upkeeper struct {
 
 func newUpkeeper(f *configFile, runDir string, mine func() bool, log *slog.Logger) *upkeeper {
 	node := func(c *config) *ebpf.Backend {
-		return ebpf.New(loader.Options{BPFDir: c.BPFDir, RunDir: runDir, Log: log})
+		return ebpf.New(loader.Options{BPFDir: c.BPFDir, RunDir: runDir, Log: log, Programs: programs.New()})
 	}
 	return &upkeeper{
 		config: f, mine: mine, log: log, kept: map[loader.ID]string{}, said: map[string]string{},

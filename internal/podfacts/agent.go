@@ -71,10 +71,14 @@ func (a *Agent) Pod(ctx context.Context, namespace, name, uid string) (*redirect
 	return readPod(conn)
 }
 
-// hung lets an agent that has let its time pass alone for a while.
+// ErrHung is that of an agent that has let its time pass. It is left alone for a
+// while.
+var ErrHung = RetryAfter(fmt.Errorf("it does not answer: %w", os.ErrDeadlineExceeded), hungFor)
+
+// hung gives ErrHung where a deadline was what happened.
 func hung(err error) error {
 	if errors.Is(err, os.ErrDeadlineExceeded) {
-		return RetryAfter(err, hungFor)
+		return ErrHung
 	}
 	return err
 }

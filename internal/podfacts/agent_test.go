@@ -23,7 +23,6 @@ import (
 	"time"
 	"unicode/utf8"
 
-	"shunt.dev/shunt/internal/testbed"
 	"shunt.dev/shunt/redirect"
 )
 
@@ -54,6 +53,13 @@ func ask(t *testing.T, dir string) (*redirect.Pod, error) {
 	ctx, cancel := context.WithTimeout(t.Context(), callTimeout)
 	defer cancel()
 	return NewAgent(dir).Pod(ctx, "ns", "p", "right/&")
+}
+
+func pod(uid string) *redirect.Pod {
+	return &redirect.Pod{
+		ObjectMeta: redirect.ObjectMeta{Namespace: "ns", Name: "p", UID: uid},
+		PodSpec:    redirect.PodSpec{Containers: []redirect.Container{{Name: "app"}}},
+	}
 }
 
 // TestAgent: what the agent answers, and what comes of it.
@@ -168,15 +174,17 @@ func TestHangingAgent(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			dir := t.TempDir()
 			start(t, dir)
-			api := testbed.NewAPIServer(t)
-			api.SetPod(t, "ns", "p", pod("right"))
-			api.Fail(testbed.APIFault{Status: 500}, testbed.APIFault{Status: 500}, testbed.APIFault{Status: 500})
+			down := answer{err: errDown}
+			api := newFake(t, "the API server", down, down, down, answer{uid: "right"})
 			began := time.Now()
-			got, err := fetcher(30*time.Second, NewAgent(dir), NewAPIServer(api.WriteKubeconfig(t, t.TempDir()), "test")).Pod(t.Context(), "ns", "p", "right")
+			got, err := fetcher(30*time.Second, NewAgent(dir), api).Pod(t.Context(), "ns", "p", "right")
 			if err != nil || got.UID != "right" {
 				t.Errorf("got %v, %v", got, err)
 			}
-			// Asked four times, the API server; the agent but once.
+			if len(api.asked) != 4 {
+				t.Errorf("the API server was asked %d times, want 4", len(api.asked))
+			}
+			// And the agent but once.
 			if took := time.Since(began); took < agentTimeout || took > agentTimeout+3*time.Second {
 				t.Errorf("took %v", took)
 			}
@@ -184,16 +192,14 @@ func TestHangingAgent(t *testing.T) {
 	}
 }
 
-// TestAgentFirst: with its answer nobody reads a kubeconfig; without it the API
+// TestAgentFirst: with its answer nobody asks the API server; without it the API
 // server is asked; and where both fail the error names both.
 func TestAgentFirst(t *testing.T) {
 	dir := t.TempDir()
-	api := testbed.NewAPIServer(t)
-	api.SetPod(t, "ns", "p", pod("right"))
-	none := NewAPIServer(filepath.Join(dir, "none"), "test")
-	config := NewAPIServer(api.WriteKubeconfig(t, t.TempDir()), "test")
+	none := newFake(t, "the API server by none", answer{err: Permanent(fs.ErrNotExist)})
+	config := newFake(t, "the API server", answer{uid: "right"})
 
-	if _, err := fetcher(30*time.Second, NewAgent(dir), config).Pod(t.Context(), "ns", "p", "right"); err != nil || len(api.Requests()) != 1 {
+	if _, err := fetcher(30*time.Second, NewAgent(dir), config).Pod(t.Context(), "ns", "p", "right"); err != nil || len(config.asked) != 1 {
 		t.Errorf("without an agent: %v", err)
 	}
 	var asked atomic.Int32
@@ -210,12 +216,12 @@ func TestAgentFirst(t *testing.T) {
 		t.Errorf("with an agent, and without a kubeconfig: %v", err)
 	}
 	old.Store(true) // it has another pod by that name
-	if _, err := fetcher(30*time.Second, NewAgent(dir), config).Pod(t.Context(), "ns", "p", "right"); err != nil || len(api.Requests()) != 2 {
+	if _, err := fetcher(30*time.Second, NewAgent(dir), config).Pod(t.Context(), "ns", "p", "right"); err != nil || len(config.asked) != 2 {
 		t.Errorf("with an agent that is behind: %v", err)
 	}
-	_, err := fetcher(oneAnswer, NewAgent(dir), none).Pod(t.Context(), "ns", "p", "right")
-	for _, want := range []string{"the node agent by " + dir + "/agent.sock: asked ", "has not the uid right", "the API server by " + dir + "/none: asked 1 time", os.ErrNotExist.Error()} {
-		if err == nil || !strings.Contains(err.Error(), want) && !errors.Is(err, os.ErrNotExist) {
+	_, err := fetcher(2*time.Second, NewAgent(dir), none).Pod(t.Context(), "ns", "p", "right")
+	for _, want := range []string{"the node agent by " + dir + "/agent.sock: asked ", "has not the uid right", "the API server by none: asked 1 time", os.ErrNotExist.Error()} {
+		if err == nil || !strings.Contains(err.Error(), want) || !errors.Is(err, os.ErrNotExist) {
 			t.Errorf("got %v, want %q", err, want)
 		}
 	}

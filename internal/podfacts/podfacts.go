@@ -145,19 +145,9 @@ func (f *Fetcher) ask(ctx context.Context, s *state, namespace, name, uid string
 	if s.gone || ctx.Err() != nil || time.Now().Before(s.notBefore) {
 		return nil
 	}
-	call, cancel := context.WithTimeout(ctx, callTimeout)
-	defer cancel()
-	pod, err := s.src.Pod(call, namespace, name, uid)
+	pod, err := Ask(ctx, s.src, namespace, name, uid)
 	s.Count++
-	switch {
-	case err != nil:
-	case pod == nil:
-		err = errors.New("the source returned no pod")
-	case pod.Name != "" && (pod.Name != name || pod.Namespace != namespace):
-		err = fmt.Errorf("the source returned another pod, %s/%s", pod.Namespace, pod.Name)
-	case uid != "" && !pod.MatchesUID(uid):
-		err = fmt.Errorf("the pod of that name has not the uid %s that the runtime gave (K8S_POD_UID)", uid)
-	default:
+	if err == nil {
 		return pod
 	}
 	var permanent permanentError
@@ -173,6 +163,24 @@ func (f *Fetcher) ask(ctx context.Context, s *state, namespace, name, uid string
 	}
 	f.Log.Debug("pod facts not had", "source", s.Source, "try", s.Count, "permanent", s.gone, "error", err)
 	return nil
+}
+
+// Ask asks a source once, for a pod and no other by that name.
+func Ask(ctx context.Context, src Source, namespace, name, uid string) (*redirect.Pod, error) {
+	call, cancel := context.WithTimeout(ctx, callTimeout)
+	defer cancel()
+	pod, err := src.Pod(call, namespace, name, uid)
+	switch {
+	case err != nil:
+		return nil, err
+	case pod == nil:
+		return nil, errors.New("the source returned no pod")
+	case pod.Name != "" && (pod.Name != name || pod.Namespace != namespace):
+		return nil, fmt.Errorf("the source returned another pod, %s/%s", pod.Namespace, pod.Name)
+	case uid != "" && !pod.MatchesUID(uid):
+		return nil, fmt.Errorf("the pod of that name has not the uid %s that the runtime gave (K8S_POD_UID)", uid)
+	}
+	return pod, nil
 }
 
 // pause waits for the next round: a random part of backoff, or until the first

@@ -128,7 +128,7 @@ func (p *process) dial(to netip.AddrPort) answer {
 	return a
 }
 
-// ListenMPTCP gives what loader.ProbeOptions ask for; child is as in Options.
+// ListenMPTCP gives what kernel.Options ask for; child is as in Options.
 func ListenMPTCP(child []string) func(context.Context, *os.File) error {
 	return func(ctx context.Context, cgroup *os.File) error {
 		ctx, cancel := context.WithTimeout(ctx, dialTimeout)

@@ -24,6 +24,7 @@ import (
 	"shunt.dev/shunt/internal/probe"
 	"shunt.dev/shunt/internal/probe/scratch"
 	"shunt.dev/shunt/loader"
+	"shunt.dev/shunt/loader/programs"
 	"shunt.dev/shunt/redirect"
 	"shunt.dev/shunt/redirect/ebpf"
 	"shunt.dev/shunt/redirect/iptables"
@@ -375,7 +376,7 @@ func (r *run) backend() (redirect.Backend, error) {
 	}
 	switch r.path {
 	case probe.PathEBPF:
-		return ebpf.New(loader.Options{BPFDir: bpfDir, RunDir: runDir}), nil
+		return ebpf.New(loader.Options{BPFDir: bpfDir, RunDir: runDir, Programs: programs.New()}), nil
 	case probe.PathNFT:
 		return iptables.New(iptables.Options{RunDir: runDir, Mode: iptables.NFT}), nil
 	case probe.PathLegacy:

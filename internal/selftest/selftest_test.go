@@ -20,6 +20,7 @@ import (
 	"shunt.dev/shunt/internal/probe/scratch"
 	"shunt.dev/shunt/internal/testbed"
 	"shunt.dev/shunt/loader"
+	"shunt.dev/shunt/loader/programs"
 	"shunt.dev/shunt/redirect"
 	"shunt.dev/shunt/redirect/ebpf"
 )
@@ -145,7 +146,7 @@ func TestPrivilegedRunOfBrokenBackends(t *testing.T) {
 			opts := options(probe.PathEBPF)
 			opts.backend = func(_, bpfDir, runDir string) redirect.Backend {
 				b := tt.b
-				b.Backend = ebpf.New(loader.Options{BPFDir: bpfDir, RunDir: runDir})
+				b.Backend = ebpf.New(loader.Options{BPFDir: bpfDir, RunDir: runDir, Programs: programs.New()})
 				return &b
 			}
 			var bad []probe.Check

@@ -22,8 +22,8 @@ import (
 
 // Environment that steers how the plugin is built.
 const (
-	// PluginEnv names a plugin that is built already, for machines without a
-	// Go toolchain.
+	// PluginEnv names a plugin that is built already, both executables in one
+	// directory, for machines without a Go toolchain.
 	PluginEnv = "SHUNT_TESTBED_PLUGIN"
 	// RaceEnv, if not empty, builds the plugin with the race detector.
 	RaceEnv = "SHUNT_TESTBED_RACE"
@@ -35,8 +35,9 @@ var plugin struct {
 	err  error
 }
 
-// BuildPlugin builds cmd/shunt-cni, once a process, and gives the binary's
-// path. [PluginEnv] and [RaceEnv] steer it.
+// BuildPlugin builds the plugin, once a process, and gives the path of the
+// executable that runtimes start, cmd/shunt-cni. The larger one, cmd/shunt, lies
+// beside it. [PluginEnv] and [RaceEnv] steer it.
 func BuildPlugin(t testing.TB) string {
 	t.Helper()
 	plugin.once.Do(func() { plugin.path, plugin.err = buildPlugin() })
@@ -50,7 +51,11 @@ func buildPlugin() (string, error) {
 	if path := os.Getenv(PluginEnv); path != "" {
 		return path, nil
 	}
-	return BuildCommand("shunt.dev/shunt/cmd/shunt-cni", os.Getenv(RaceEnv) != "")
+	race := os.Getenv(RaceEnv) != ""
+	if _, err := BuildCommand("shunt.dev/shunt/cmd/shunt", race); err != nil {
+		return "", err
+	}
+	return BuildCommand("shunt.dev/shunt/cmd/shunt-cni", race)
 }
 
 // BuildCommand builds a main package of this module into a directory that

@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"shunt.dev/shunt/loader"
+	"shunt.dev/shunt/loader/programs"
 	"shunt.dev/shunt/redirect"
 	"shunt.dev/shunt/redirect/ebpf"
 	"shunt.dev/shunt/redirect/iptables"
@@ -70,7 +71,7 @@ func New(opts Options) *Backends {
 	ipt := iptables.New(iptables.Options{
 		RunDir: opts.RunDir, Mode: opts.Iptables, Path: opts.IptablesPath, Timeout: opts.IptablesTimeout, Log: opts.Log,
 	})
-	node := loader.Options{BPFDir: opts.BPFDir, RunDir: opts.RunDir, Log: opts.Log}
+	node := loader.Options{BPFDir: opts.BPFDir, RunDir: opts.RunDir, Log: opts.Log, Programs: programs.New()}
 	kernel := ebpf.New(node)
 	return &Backends{
 		ebpf:     kernel,

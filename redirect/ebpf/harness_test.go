@@ -19,6 +19,7 @@ import (
 	"shunt.dev/shunt/bpf"
 	"shunt.dev/shunt/internal/testbed"
 	"shunt.dev/shunt/loader"
+	"shunt.dev/shunt/loader/programs"
 	"shunt.dev/shunt/redirect"
 )
 
@@ -50,7 +51,7 @@ type node struct {
 
 func newNode(t testing.TB, edit ...func(*loader.Options)) *node {
 	t.Helper()
-	opts := loader.Options{BPFDir: testbed.BPFFS(t) + "/shunt", RunDir: t.TempDir()}
+	opts := loader.Options{BPFDir: testbed.BPFFS(t) + "/shunt", RunDir: t.TempDir(), Programs: programs.New()}
 	for _, e := range edit {
 		e(&opts)
 	}

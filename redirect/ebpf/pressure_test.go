@@ -22,6 +22,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"shunt.dev/shunt/bpf"
+	"shunt.dev/shunt/bpf/object"
 	"shunt.dev/shunt/internal/testbed"
 	"shunt.dev/shunt/loader"
 	"shunt.dev/shunt/redirect"
@@ -271,7 +272,7 @@ func TestPrivilegedForgottenErrors(t *testing.T) {
 	begin(t)
 	n := newNode(t)
 	p, c := newScene(t, n)
-	spec, err := bpf.LoadShunt()
+	spec, err := object.LoadShunt()
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -18,6 +18,7 @@ import (
 	"shunt.dev/shunt/bpf"
 	"shunt.dev/shunt/internal/testbed"
 	"shunt.dev/shunt/loader"
+	"shunt.dev/shunt/loader/trace"
 	"shunt.dev/shunt/redirect"
 )
 
@@ -25,7 +26,7 @@ import (
 const quiet = 50 * time.Millisecond
 
 // trace looks on at a node's pods: at all of them, where none is given.
-func (n *node) trace(t testing.TB, filter loader.TraceFilter, pods ...*pod) *loader.Tracer {
+func (n *node) trace(t testing.TB, filter trace.Filter, pods ...*pod) *trace.Tracer {
 	t.Helper()
 	if filter.Rules == nil {
 		filter.Rules = rules(func(redirect.Rule) bool { return true })
@@ -33,7 +34,7 @@ func (n *node) trace(t testing.TB, filter loader.TraceFilter, pods ...*pod) *loa
 	for _, p := range pods {
 		filter.Pods = append(filter.Pods, p.cookie)
 	}
-	tracer, err := loader.Trace(n.opts, filter)
+	tracer, err := trace.New(n.opts, filter)
 	if err != nil {
 		t.Fatalf("trace: %v", err)
 	}
@@ -57,7 +58,7 @@ func rules(fit func(redirect.Rule) bool) []bpf.ShuntRule {
 }
 
 // expectTraced fails the test unless a tracer shows these decisions, and no others.
-func expectTraced(t *testing.T, what string, tracer *loader.Tracer, want ...string) {
+func expectTraced(t *testing.T, what string, tracer *trace.Tracer, want ...string) {
 	t.Helper()
 	var got []string
 	for {
@@ -86,7 +87,7 @@ func expectTraced(t *testing.T, what string, tracer *loader.Tracer, want ...stri
 }
 
 // tell puts a decision into words.
-func tell(d *loader.Decision) string {
+func tell(d *trace.Decision) string {
 	rule := redirect.Rule(d.Rule)
 	who := fmt.Sprintf("%s/%d (%d, %d)", d.Command, d.PID, d.UID, d.GID)
 	if d.Interface != 0 {
@@ -142,7 +143,7 @@ func testTrace(t *testing.T, n *node) {
 	if r := c.app.Dial(t, "10.99.1.1:80"); r.Listener() != "out" {
 		t.Fatalf("before anybody looks: %+v", r)
 	}
-	tracer := n.trace(t, loader.TraceFilter{})
+	tracer := n.trace(t, trace.Filter{})
 	for _, family := range []struct {
 		dst, own, client, resolver string
 	}{
@@ -215,7 +216,7 @@ func TestPrivilegedTraceRefused(t *testing.T) {
 	}
 	frozen := c.proxy.Listen(t, testbed.ListenSpec{Name: "frozen", Addr: ap("0.0.0.0:15001"), NoAccept: true, Backlog: 1})
 	defer frozen.Close(t)
-	tracer := n.trace(t, loader.TraceFilter{}, p)
+	tracer := n.trace(t, trace.Filter{}, p)
 	out, rule := redirect.VerdictOutbound, redirect.RuleOutIncludeCIDR
 
 	if r := c.app.Dial(t, "[fd99::1]:80"); r.Errno != "ENETUNREACH" {
@@ -254,12 +255,12 @@ func TestPrivilegedTraceFilter(t *testing.T) {
 	other := newCast(t, q, nil)
 	redirected := func(r redirect.Rule) bool { return r.Verdict() != redirect.VerdictDirect }
 
-	all := n.trace(t, loader.TraceFilter{})
-	one := n.trace(t, loader.TraceFilter{}, p)
-	out := n.trace(t, loader.TraceFilter{Rules: rules(redirected)})
-	direct := n.trace(t, loader.TraceFilter{Rules: rules(func(r redirect.Rule) bool { return !redirected(r) })}, p, q)
-	if _, err := loader.Trace(n.opts, loader.TraceFilter{}); !errors.Is(err, loader.ErrTracers) {
-		t.Errorf("a fifth tracer: %v, want %v", err, loader.ErrTracers)
+	all := n.trace(t, trace.Filter{})
+	one := n.trace(t, trace.Filter{}, p)
+	out := n.trace(t, trace.Filter{Rules: rules(redirected)})
+	direct := n.trace(t, trace.Filter{Rules: rules(func(r redirect.Rule) bool { return !redirected(r) })}, p, q)
+	if _, err := trace.New(n.opts, trace.Filter{}); !errors.Is(err, trace.ErrTracers) {
+		t.Errorf("a fifth tracer: %v, want %v", err, trace.ErrTracers)
 	}
 	if err := one.SetPods([]uint64{1, 2, 3, 4, 5}); err == nil {
 		t.Error("five pods can be named")
@@ -327,11 +328,11 @@ func TestPrivilegedTraceOff(t *testing.T) {
 	c.app.Dial(t, "10.99.1.1:80")
 	expectOff("before anybody has traced")
 
-	first, err := loader.Trace(n.opts, loader.TraceFilter{Rules: rules(func(redirect.Rule) bool { return true })})
+	first, err := trace.New(n.opts, trace.Filter{Rules: rules(func(redirect.Rule) bool { return true })})
 	if err != nil {
 		t.Fatal(err)
 	}
-	second := n.trace(t, loader.TraceFilter{})
+	second := n.trace(t, trace.Filter{})
 	if on, rings := n.switchedOn(t); !on || rings != 2 {
 		t.Errorf("with two tracers: on: %v, with %d ring buffers", on, rings)
 	}
@@ -340,12 +341,12 @@ func TestPrivilegedTraceOff(t *testing.T) {
 	}
 	c.app.Dial(t, "10.99.1.1:80")
 	expectTraced(t, "when the other has gone", second, p.by(t, c.app.Actor, "10.99.1.1:80", redirect.VerdictOutbound, redirect.RuleOutIncludeCIDR))
-	third, err := loader.Trace(n.opts, loader.TraceFilter{Rules: rules(func(redirect.Rule) bool { return true })})
+	third, err := trace.New(n.opts, trace.Filter{Rules: rules(func(redirect.Rule) bool { return true })})
 	if err != nil {
 		t.Fatal(err)
 	}
 	c.app.Dial(t, "[fd99::1]:80")
-	for _, tracer := range []*loader.Tracer{second, third} {
+	for _, tracer := range []*trace.Tracer{second, third} {
 		expectTraced(t, "in a seat that was taken before", tracer, p.by(t, c.app.Actor, "[fd99::1]:80", redirect.VerdictOutbound, redirect.RuleOutIncludeCIDR))
 	}
 	// The datapath goes, and comes anew, under who looks on.
@@ -376,7 +377,7 @@ func TestPrivilegedTraceOverload(t *testing.T) {
 	begin(t)
 	n := newNode(t)
 	p, c := newScene(t, n)
-	tracer := n.trace(t, loader.TraceFilter{Ring: uint32(os.Getpagesize())})
+	tracer := n.trace(t, trace.Filter{Ring: uint32(os.Getpagesize())})
 	dst := ap("10.99.1.1:80")
 	const connections = 1000
 	specs := make([]testbed.ConnectSpec, connections)

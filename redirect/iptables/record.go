@@ -20,6 +20,7 @@ import (
 	"shunt.dev/shunt/internal/rundir"
 	"shunt.dev/shunt/loader"
 	"shunt.dev/shunt/redirect"
+	records "shunt.dev/shunt/redirect/iptables/record"
 )
 
 // A record is what is known of one attachment: written before anything is
@@ -101,14 +102,10 @@ func (r *record) open() (*namespace, error) {
 	return nil, err
 }
 
-// dirName is the folder in RunDir that holds the records and their lock.
-const dirName = "iptables"
+// dir is the folder that holds the records and their lock.
+func (b *Backend) dir() string { return records.Dir(b.opts.RunDir) }
 
-func (b *Backend) dir() string { return filepath.Join(b.opts.RunDir, dirName) }
-
-func (b *Backend) recordPath(a redirect.Attachment) string {
-	return filepath.Join(b.dir(), a.ContainerID+"@"+a.IfName+".json")
-}
+func (b *Backend) recordPath(a redirect.Attachment) string { return records.Path(b.opts.RunDir, a) }
 
 // readRecord returns nil without error when there is none.
 func readRecord(path string) (*record, error) {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package loader
+package kernel
 
 import (
 	"encoding/binary"
@@ -44,6 +44,9 @@ func (p *prober) traffic() {
 	try(row("tc-sk-assign", "5.7", probe.ForTC), "a connection was given to a listener on another port", func() error { return tcAssign(n, false) })
 	try(row("tc-reuseport", "6.6", probe.ForTC), "likewise to a listener with SO_REUSEPORT (as Envoy's)", func() error { return tcAssign(n, true) })
 }
+
+// loIndex is lo's, in every network namespace.
+const loIndex = 1
 
 func linkUp(n *scratch.Netns) error {
 	h, err := netlink.NewHandleAt(netns.NsHandle(n.FD()), unix.NETLINK_ROUTE)
@@ -130,12 +133,12 @@ func tcx(n *scratch.Netns) error {
 	}
 	defer prog.Close()
 	return n.Do(func() error {
-		l, err := createLink(fd(prog.FD()), loIndex, ebpf.AttachTCXIngress)
+		l, err := attach(prog, loIndex, ebpf.AttachTCXIngress)
 		if err != nil {
 			return err
 		}
-		defer l.close()
-		return l.detach()
+		defer l.Close()
+		return l.Detach()
 	})
 }
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package loader
+package trace
 
 import (
 	"net/netip"
@@ -14,12 +14,16 @@ import (
 	"golang.org/x/sys/unix"
 
 	"shunt.dev/shunt/bpf"
+	"shunt.dev/shunt/bpf/object"
+	"shunt.dev/shunt/loader"
+	"shunt.dev/shunt/loader/internal/load"
 )
 
 // TestTraceSwitch: while nobody traces, a decision costs a program one load of a
 // word and one branch by it, and no more than that.
 func TestTraceSwitch(t *testing.T) {
-	spec, err := bpf.LoadShunt()
+	const tracingMap = load.TracingMap
+	spec, err := object.LoadShunt()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -79,7 +83,7 @@ func TestDecision(t *testing.T) {
 			bpf.ShuntEvent{Cookie: 7, Dport: 80, How: uint32(unix.ENETUNREACH)<<16 | uint32(bpf.ShuntPlacePLACE_CONNECT_NO_SOURCE)<<8 | uint32(bpf.ShuntRuleRULE_OUT_INCLUDE_CIDR)},
 			Decision{
 				Cookie: 7, Rule: bpf.ShuntRuleRULE_OUT_INCLUDE_CIDR, Dst: netip.MustParseAddrPort("10.1.2.3:80"),
-				Failure: &ErrorCount{Cookie: 7, Place: bpf.ShuntPlacePLACE_CONNECT_NO_SOURCE, Errno: unix.ENETUNREACH, Count: 1},
+				Failure: &loader.ErrorCount{Cookie: 7, Place: bpf.ShuntPlacePLACE_CONNECT_NO_SOURCE, Errno: unix.ENETUNREACH, Count: 1},
 			},
 		},
 		{

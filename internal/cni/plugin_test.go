@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package main
+package cni
 
 import (
 	"bytes"
@@ -24,6 +24,7 @@ import (
 	"github.com/google/go-cmp/cmp/cmpopts"
 
 	"shunt.dev/shunt/internal/answer"
+	"shunt.dev/shunt/internal/kubeapi"
 	"shunt.dev/shunt/internal/netconf"
 	"shunt.dev/shunt/internal/testbed"
 	"shunt.dev/shunt/loader"
@@ -54,7 +55,7 @@ func newBed(t *testing.T) *bed {
 	b.plugin = &plugin{
 		stdout: &b.out,
 		stderr: &b.logged,
-		facts: func(conf *netconf.Config, _ *slog.Logger) factsSource {
+		facts: func(conf *netconf.Config, _ *slog.Logger) FactsSource {
 			return factsFunc(func(_ context.Context, namespace, name, uid string) (*redirect.Pod, error) {
 				b.asked++
 				if b.pod == nil && b.podErr == nil {
@@ -66,7 +67,9 @@ func newBed(t *testing.T) *bed {
 				return b.pod, b.podErr
 			})
 		},
-		backends: func(*netconf.Config, *slog.Logger) programmer { return &b.backend },
+		backends:   func(*netconf.Config, *slog.Logger) Programmer { return &b.backend },
+		node:       func(*netconf.Config, *slog.Logger) Node { return &b.backend },
+		kubeconfig: kubeapi.CheckConfig,
 		checkNetns: func(path string) error {
 			if path != "/run/netns/pod" {
 				t.Errorf("netns %s was checked", path)
@@ -343,7 +346,7 @@ func TestAddWithoutUID(t *testing.T) {
 	for _, hash := range []string{"", "0123456789abcdef0123456789abcdef"} {
 		b := newBed(t)
 		pod := meshed("kubernetes.io/config.hash", hash, "kubernetes.io/config.mirror", hash)
-		b.facts = func(*netconf.Config, *slog.Logger) factsSource {
+		b.facts = func(*netconf.Config, *slog.Logger) FactsSource {
 			return factsFunc(func(_ context.Context, _, _, uid string) (*redirect.Pod, error) {
 				if uid != "" {
 					t.Errorf("uid %s", uid)
@@ -371,7 +374,7 @@ func TestAddWithoutUID(t *testing.T) {
 // untouchable makes every seam fail the test.
 func (b *bed) untouchable() {
 	b.backend = fakeBackend{}
-	b.plugin.backends = func(*netconf.Config, *slog.Logger) programmer {
+	b.plugin.backends = func(*netconf.Config, *slog.Logger) Programmer {
 		b.t.Error("the backend was touched")
 		return &b.backend
 	}
@@ -519,7 +522,7 @@ func TestAddAPIServer(t *testing.T) {
 				timeout = oneAnswer
 			}
 			b := newBed(t)
-			b.facts = newFacts
+			b.facts = realFacts
 			b.args.StdinData = []byte(b.conf("1.1.0", prevOf("1.1.0"), `"podFactsTimeout":"`+timeout+`"`,
 				`"kubeconfig":"`+s.WriteKubeconfig(t, t.TempDir())+`"`))
 			start := time.Now()
@@ -617,7 +620,7 @@ func TestCheckIsBrief(t *testing.T) {
 	b := newBed(t)
 	facts := b.facts
 	b.pod = plain()
-	b.facts = func(conf *netconf.Config, log *slog.Logger) factsSource {
+	b.facts = func(conf *netconf.Config, log *slog.Logger) FactsSource {
 		if conf.PodFactsTimeout != checkFactsTimeout {
 			t.Errorf("facts within %v", conf.PodFactsTimeout)
 		}

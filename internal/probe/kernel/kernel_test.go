@@ -2,7 +2,7 @@
 
 //go:build linux
 
-package loader
+package kernel
 
 import (
 	"context"
@@ -21,10 +21,11 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"golang.org/x/sys/unix"
 
-	"shunt.dev/shunt/bpf"
+	"shunt.dev/shunt/bpf/object"
 	"shunt.dev/shunt/internal/probe"
 	"shunt.dev/shunt/internal/probe/scratch"
 	"shunt.dev/shunt/internal/testbed"
+	"shunt.dev/shunt/loader"
 )
 
 // What a kernel has by its version must be yes, or the probe is wrong.
@@ -33,10 +34,10 @@ func TestPrivilegedProbe(t *testing.T) {
 	testbed.NoLeaks(t)
 	noScratch(t)
 	start := time.Now()
-	rows := Probe(t.Context(), ProbeOptions{BPFDir: "/sys/fs/bpf/shunt"})
+	rows := Probe(t.Context(), Options{BPFDir: "/sys/fs/bpf/shunt"})
 	t.Logf("it took %v", time.Since(start)) // half a second; under emulation, fifty times that
 	var running [2]int
-	if _, err := fmt.Sscanf(Release(), "%d.%d", &running[0], &running[1]); err != nil {
+	if _, err := fmt.Sscanf(loader.Release(), "%d.%d", &running[0], &running[1]); err != nil {
 		t.Fatal(err)
 	}
 	var names []string
@@ -53,10 +54,10 @@ func TestPrivilegedProbe(t *testing.T) {
 			t.Errorf("%s: since %q: %v", r.Name, r.Since, err)
 		}
 		if slices.Compare(running[:], since[:]) >= 0 && r.Answer != probe.Yes {
-			t.Errorf("%s is %s on %s, which has it since %s: %s", r.Name, r.Answer, Release(), r.Since, r.Why)
+			t.Errorf("%s is %s on %s, which has it since %s: %s", r.Name, r.Answer, loader.Release(), r.Since, r.Why)
 		}
 	}
-	if answer, why := probe.NewReport(Release(), rows, probe.Wish{}).Serves(probe.PathEBPF); answer != probe.Yes {
+	if answer, why := probe.NewReport(loader.Release(), rows, probe.Wish{}).Serves(probe.PathEBPF); answer != probe.Yes {
 		t.Errorf("eBPF: %s: %s", answer, why)
 	}
 	// Names are stable: others read them.
@@ -86,7 +87,7 @@ func noScratch(t *testing.T) {
 
 // Each program has a row of its own.
 func TestProbeHasEveryProgram(t *testing.T) {
-	spec, err := bpf.LoadShunt()
+	spec, err := object.LoadShunt()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -168,9 +169,9 @@ func TestProbeFindsPods(t *testing.T) {
 	}
 	// What is mounted here, and whose pods lie there, must not matter.
 	table := filepath.Join(t.TempDir(), "mountinfo")
-	before := hostCgroups
-	t.Cleanup(func() { hostCgroups = before })
-	hostCgroups.mountinfo = table
+	before := mountinfo
+	t.Cleanup(func() { mountinfo = before })
+	mountinfo = table
 	if err := os.WriteFile(table, nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
@@ -204,7 +205,7 @@ func TestProbeFindsPods(t *testing.T) {
 }
 
 func TestProbeWithoutCgroup2(t *testing.T) {
-	p := &prober{opts: ProbeOptions{CgroupRoot: t.TempDir()}, root: true}
+	p := &prober{opts: Options{CgroupRoot: t.TempDir()}, root: true}
 	p.cgroups(t.Context())
 	got := map[string]probe.Answer{}
 	for _, r := range p.rows {
@@ -217,7 +218,7 @@ func TestProbeWithoutCgroup2(t *testing.T) {
 }
 
 func TestProbeBPFDirOutsideOfBPFFS(t *testing.T) {
-	p := &prober{opts: ProbeOptions{BPFDir: filepath.Join(t.TempDir(), "a", "b")}, root: true}
+	p := &prober{opts: Options{BPFDir: filepath.Join(t.TempDir(), "a", "b")}, root: true}
 	if _, err := p.bpffs(); !errors.As(err, new(noError)) {
 		t.Errorf("%v, want no", err)
 	}

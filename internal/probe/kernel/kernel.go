@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package loader
+// Package kernel finds out what this kernel and host have of what the eBPF datapath
+// needs, by trying.
+package kernel
 
 import (
 	"context"
@@ -17,17 +19,21 @@ import (
 	"github.com/cilium/ebpf/asm"
 	"github.com/cilium/ebpf/btf"
 	"github.com/cilium/ebpf/features"
+	"github.com/cilium/ebpf/link"
 	"golang.org/x/sys/unix"
 
 	"shunt.dev/shunt/bpf"
+	"shunt.dev/shunt/bpf/object"
 	"shunt.dev/shunt/internal/probe"
 	"shunt.dev/shunt/internal/probe/scratch"
+	"shunt.dev/shunt/loader"
+	"shunt.dev/shunt/loader/programs"
 )
 
-// ProbeOptions say what Probe looks at.
-type ProbeOptions struct {
-	BPFDir     string // see Options
-	CgroupRoot string // see FindCgroup2Mount
+// Options say what Probe looks at.
+type Options struct {
+	BPFDir     string // see loader.Options
+	CgroupRoot string // see loader.FindCgroup2Mount
 	// ListenMPTCP starts a process in a cgroup, that listens by MPTCP in a
 	// network namespace of its own, and waits for its end. nil: that is not
 	// looked at. The error is unix.EPROTONOSUPPORT where there is no MPTCP.
@@ -36,7 +42,7 @@ type ProbeOptions struct {
 
 // A prober makes rows.
 type prober struct {
-	opts ProbeOptions
+	opts Options
 	caps uint64 // in effect, by their bits
 	root bool   // this process may do what the plugin does
 	hier string // where cgroup2 is mounted; empty without
@@ -47,7 +53,7 @@ type prober struct {
 // needs, by doing it: programs are the real ones, loaded and let go of, and
 // what is attached, is attached to a cgroup and a network namespace that are
 // made for it. Nothing is pinned, and nothing is left.
-func Probe(ctx context.Context, opts ProbeOptions) []probe.Row {
+func Probe(ctx context.Context, opts Options) []probe.Row {
 	p := &prober{opts: opts}
 	p.capabilities()
 	p.kernel()
@@ -173,22 +179,13 @@ func inUserNamespace() bool {
 	return err == nil && strings.Join(strings.Fields(string(m)), " ") != "0 0 4294967295"
 }
 
-// Release is the running kernel's, as uname has it.
-func Release() string {
-	var u unix.Utsname
-	if err := unix.Uname(&u); err != nil {
-		return ""
-	}
-	return unix.ByteSliceToString(u.Release[:])
-}
-
 func (p *prober) kernel() {
 	row := func(name, since, neededFor string) probe.Row {
 		return probe.Row{Name: name, Group: probe.GroupKernel, Since: since, NeededFor: neededFor}
 	}
 
 	var major, minor int
-	release := Release()
+	release := loader.Release()
 	_, err := fmt.Sscanf(release, "%d.%d", &major, &minor)
 	switch {
 	case err != nil:
@@ -236,9 +233,9 @@ func (p *prober) cgroups(ctx context.Context) {
 	row := func(name, since, neededFor string) probe.Row {
 		return probe.Row{Name: name, Group: probe.GroupCgroup, Since: since, NeededFor: neededFor}
 	}
-	mount, err := FindCgroup2Mount(p.opts.CgroupRoot)
+	mount, err := loader.FindCgroup2Mount(p.opts.CgroupRoot)
 	p.hier = mount
-	if errors.Is(err, ErrNoCgroup2) {
+	if errors.Is(err, loader.ErrNoCgroup2) {
 		err = noError{err}
 	}
 	p.add(row("cgroup2", "4.5", probe.ForEBPF), "mounted at "+mount, err)
@@ -262,6 +259,9 @@ func (p *prober) cgroups(ctx context.Context) {
 	}
 }
 
+// mountinfo is the mount table of this process.
+var mountinfo = "/proc/self/mountinfo"
+
 // kubepods are the cgroups below which kubelets put those of pods.
 var kubepods = []struct{ path, layout string }{
 	{"kubepods.slice", "systemd driver"},
@@ -282,7 +282,7 @@ func findPods(mount string) (string, error) {
 			return fmt.Sprintf("in %s (%s)", dir, k.layout), nil
 		}
 	}
-	v1, err := cgroup1Mounts()
+	v1, err := loader.Cgroup1Mounts(mountinfo)
 	if err != nil {
 		return "", unknownError{err}
 	}
@@ -310,7 +310,7 @@ func unified(mount string) (string, error) {
 			}
 		}
 	}
-	v1, err := cgroup1Mounts()
+	v1, err := loader.Cgroup1Mounts(mountinfo)
 	if err != nil {
 		return "", unknownError{err}
 	}
@@ -320,22 +320,6 @@ func unified(mount string) (string, error) {
 	return "", noError{fmt.Errorf("a hybrid host: cgroup version 1 is mounted too (%s and %d more), and this process is in %s of cgroup2; "+
 		"a runtime older than runc 1.1 puts what exec starts in a container outside of the pod's cgroup2, from where it goes around the proxy: shunt status tells such processes",
 		v1[0], len(v1)-1, own)}
-}
-
-// cgroup1Mounts returns where hierarchies of version 1 are mounted.
-func cgroup1Mounts() (points []string, err error) {
-	table, err := os.ReadFile(hostCgroups.mountinfo)
-	if err != nil {
-		return nil, err
-	}
-	for line := range strings.Lines(string(table)) {
-		before, after, ok := strings.Cut(line, " - ")
-		fields := strings.Fields(before)
-		if ok && len(fields) >= 5 && strings.HasPrefix(after, "cgroup ") {
-			points = append(points, unescapeMount(fields[4]))
-		}
-	}
-	return points, nil
 }
 
 // inCgroup calls fn with a cgroup of its own.
@@ -367,23 +351,33 @@ func (p *prober) cgroupLink(ctx context.Context) error {
 			return fmt.Errorf("load a program for it: %w", err)
 		}
 		defer prog.Close()
-		l, err := createLink(fd(prog.FD()), fd(c.Dir.Fd()), ebpf.AttachCGroupInet4Connect)
+		l, err := attach(prog, int(c.Dir.Fd()), ebpf.AttachCGroupInet4Connect)
 		if err != nil {
 			if errors.Is(err, unix.EPERM) && p.root {
 				err = noError{fmt.Errorf("%w: a program is attached to an ancestor so that it allows none below it; `bpftool cgroup tree` shows whose", err)}
 			}
 			return err
 		}
-		defer l.close()
+		defer l.Close()
 		q := progQueryAttr{targetFD: uint32(c.Dir.Fd()), attachType: uint32(ebpf.AttachCGroupInet4Connect)}
-		if _, err := syscallBPF(unix.BPF_PROG_QUERY, unsafe.Pointer(&q), unsafe.Sizeof(q)); err != nil {
-			return unknownError{fmt.Errorf("ask for what is attached: %w", err)}
+		if _, _, errno := unix.Syscall(unix.SYS_BPF, unix.BPF_PROG_QUERY, uintptr(unsafe.Pointer(&q)), unsafe.Sizeof(q)); errno != 0 {
+			return unknownError{fmt.Errorf("ask for what is attached: %w", errno)}
 		}
 		if q.count != 1 || q.attachFlags&unix.BPF_F_ALLOW_MULTI == 0 {
 			return unknownError{fmt.Errorf("attached, but the kernel shows %d programs with flags %#x", q.count, q.attachFlags)}
 		}
-		return l.detach()
+		return l.Detach()
 	})
+}
+
+// attach attaches a program by a link, as the plugin does: to a cgroup beside those of
+// others.
+func attach(prog *ebpf.Program, target int, at ebpf.AttachType) (*link.RawLink, error) {
+	l, err := link.AttachRawLink(link.RawLinkOptions{Target: target, Program: prog, Attach: at})
+	if err != nil {
+		return nil, fmt.Errorf("%w %v: %w", loader.ErrAttach, at, err)
+	}
+	return l, nil
 }
 
 type progQueryAttr struct {
@@ -435,11 +429,11 @@ func (p *prober) mptcpListener(ctx context.Context) (why string, err error) {
 			return unknownError{fmt.Errorf("load a program for it: %w", err)}
 		}
 		defer prog.Close()
-		l, err := createLink(fd(prog.FD()), fd(c.Dir.Fd()), ebpf.AttachCGroupSockOps)
+		l, err := attach(prog, int(c.Dir.Fd()), ebpf.AttachCGroupSockOps)
 		if err != nil {
 			return unknownError{err}
 		}
-		defer l.close()
+		defer l.Close()
 		if err := p.opts.ListenMPTCP(ctx, c.Dir); errors.Is(err, unix.EPROTONOSUPPORT) {
 			why = "MPTCP is off: there are no such listeners"
 			return nil
@@ -531,7 +525,7 @@ func (p *prober) programs() {
 	row := func(name, since, neededFor string) probe.Row {
 		return probe.Row{Name: name, Group: probe.GroupBPF, Since: since, NeededFor: neededFor}
 	}
-	spec, err := bpf.LoadShunt()
+	spec, err := object.LoadShunt()
 	if err != nil {
 		p.add(row("bpf-datapath", "5.17", probe.ForEBPF), "", unknownError{fmt.Errorf("read the programs: %w", err)})
 		return
@@ -540,11 +534,7 @@ func (p *prober) programs() {
 		why, err := p.loadOne(spec, n.program)
 		p.add(row(n.name, n.since, n.neededFor), why, err)
 	}
-	objs, err := (&Datapath{}).loadObjects(nil)
-	if err == nil {
-		err = objs.Close()
-	}
-	p.add(row("bpf-datapath", "5.17", probe.ForEBPF), "all programs and maps load together", err)
+	p.add(row("bpf-datapath", "5.17", probe.ForEBPF), "all programs and maps load together", programs.Try())
 
 	p.add(row("netns-link", "5.9", probe.ForEBPF), "a program can be linked to a network namespace", netnsLink())
 
@@ -569,7 +559,7 @@ func (p *prober) programs() {
 }
 
 // loadOne loads one of the programs, with the maps that it uses, as
-// loadObjects would: with what newer kernels have, else without.
+// package programs would: with what newer kernels have, else without.
 func (p *prober) loadOne(all *ebpf.CollectionSpec, name string) (why string, err error) {
 	for _, have := range []struct {
 		mptcp, setRetval bool
@@ -699,12 +689,12 @@ func netnsLink() error {
 		return fmt.Errorf("load a program for it: %w", err)
 	}
 	defer prog.Close()
-	l, err := createLink(fd(prog.FD()), fd(n.FD()), ebpf.AttachSkLookup)
+	l, err := attach(prog, n.FD(), ebpf.AttachSkLookup)
 	if err != nil {
 		return err
 	}
-	defer l.close()
-	return l.detach()
+	defer l.Close()
+	return l.Detach()
 }
 
 // bpffs says whether bpfDir lies in a bpffs, or the plugin can make it so. It
@@ -725,7 +715,7 @@ func (p *prober) bpffs() (string, error) {
 	if st.Type == unix.BPF_FS_MAGIC {
 		return fmt.Sprintf("%s is in one", dir), nil
 	}
-	if !strings.HasPrefix(dir+"/", bpffsRoot+"/") {
+	if !strings.HasPrefix(dir+"/", loader.BPFFSRoot+"/") {
 		return "", noError{fmt.Errorf("bpfDir: %s is in none: mount one (mount -t bpf bpf %s)", dir, filepath.Dir(dir))}
 	}
 	d, err := scratch.Mount("bpf")
@@ -736,5 +726,5 @@ func (p *prober) bpffs() (string, error) {
 		return "", unknownError{err}
 	}
 	d.Close()
-	return fmt.Sprintf("none is mounted at %s; the plugin will mount it (one could be made)", bpffsRoot), nil
+	return fmt.Sprintf("none is mounted at %s; the plugin will mount it (one could be made)", loader.BPFFSRoot), nil
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package main
+package cni
 
 import (
 	"errors"
@@ -14,7 +14,6 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"shunt.dev/shunt/internal/kubeapi"
 	"shunt.dev/shunt/redirect"
 )
 
@@ -84,13 +83,6 @@ func readSmall(path string) ([]byte, error) {
 		return nil, fmt.Errorf("%s is not a regular file", path)
 	}
 	return io.ReadAll(io.LimitReader(f, 1<<10))
-}
-
-// warnOfKubeconfig says when pods that need the API server would fail.
-func warnOfKubeconfig(path string, log *slog.Logger) {
-	if err := kubeapi.CheckConfig(path); err != nil {
-		log.Warn("pods of the mesh can't be set up while the node agent does not answer: only pods that need no facts can", "error", err)
-	}
 }
 
 // Levels above slog's own, at which nothing is logged by this plugin: an error

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package main
+package cni
 
 import (
 	"encoding/json"
 	"errors"
+	"log/slog"
 	"net"
 	"net/http"
 	"os"
@@ -15,6 +16,8 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
+	"shunt.dev/shunt/internal/cni/whole"
+	"shunt.dev/shunt/internal/netconf"
 	"shunt.dev/shunt/internal/spool"
 	"shunt.dev/shunt/internal/testbed"
 	"shunt.dev/shunt/redirect"
@@ -31,6 +34,11 @@ func serveFacts(t *testing.T, runDir string, h http.HandlerFunc) {
 	done := make(chan struct{})
 	go func() { _ = s.Serve(l); close(done) }()
 	t.Cleanup(func() { s.Close(); <-done })
+}
+
+// realFacts are the real sources of facts.
+func realFacts(conf *netconf.Config, log *slog.Logger) FactsSource {
+	return whole.Facts(conf, log, "test", false)
 }
 
 func answerPod(pod *redirect.Pod) http.HandlerFunc {
@@ -187,7 +195,7 @@ func TestAddAgent(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			b := newBed(t)
-			b.facts = newFacts
+			b.facts = realFacts
 			if tc.agent != nil {
 				serveFacts(t, b.runDir, tc.agent)
 			}

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package podfacts
+// Package apiserver is the Kubernetes API server as a source of pod facts.
+package apiserver
 
 import (
 	"context"
@@ -10,27 +11,28 @@ import (
 	"net/http"
 
 	"shunt.dev/shunt/internal/kubeapi"
+	"shunt.dev/shunt/internal/podfacts"
 	"shunt.dev/shunt/redirect"
 )
 
-// APIServer is the Kubernetes API server as a Source.
-type APIServer struct {
+// A Source is the Kubernetes API server as a podfacts.Source.
+type Source struct {
 	client *kubeapi.Client
 }
 
-// NewAPIServer returns the API server that kubeconfig names. The file is read
+// New returns the API server that kubeconfig names. The file is read
 // at each question, and so need not be there yet.
-func NewAPIServer(kubeconfig, userAgent string) *APIServer {
-	return &APIServer{client: kubeapi.NewClient(kubeconfig, userAgent)}
+func New(kubeconfig, userAgent string) *Source {
+	return &Source{client: kubeapi.NewClient(kubeconfig, userAgent)}
 }
 
-func (a *APIServer) String() string {
+func (a *Source) String() string {
 	return "the API server by " + a.client.Kubeconfig()
 }
 
 // Pod gets the pod once. A kubeconfig that can't be used, and an answer that
 // means "not you" or "not so", is permanent.
-func (a *APIServer) Pod(ctx context.Context, namespace, name, _ string) (*redirect.Pod, error) {
+func (a *Source) Pod(ctx context.Context, namespace, name, _ string) (*redirect.Pod, error) {
 	body, err := a.client.Pod(ctx, namespace, name)
 	if err != nil {
 		return nil, classify(err)
@@ -54,7 +56,7 @@ func classify(err error) error {
 		case errors.Is(err, fs.ErrPermission):
 			remedy = "let root read it"
 		}
-		return Permanent(fmt.Errorf("%w (%s)", err, remedy))
+		return podfacts.Permanent(fmt.Errorf("%w (%s)", err, remedy))
 	}
 	var status *kubeapi.StatusError
 	if !errors.As(err, &status) {
@@ -62,13 +64,13 @@ func classify(err error) error {
 	}
 	switch code := status.Code; {
 	case code == http.StatusUnauthorized:
-		return Permanent(fmt.Errorf("%w (the kubeconfig's credentials are not valid: the node agent renews them, see that it runs)", err))
+		return podfacts.Permanent(fmt.Errorf("%w (the kubeconfig's credentials are not valid: the node agent renews them, see that it runs)", err))
 	case code == http.StatusForbidden:
-		return Permanent(fmt.Errorf("%w (allow the kubeconfig's user to get pods in every namespace)", err))
+		return podfacts.Permanent(fmt.Errorf("%w (allow the kubeconfig's user to get pods in every namespace)", err))
 	case code == http.StatusTooManyRequests || code == http.StatusServiceUnavailable:
-		return RetryAfter(err, status.RetryAfter)
+		return podfacts.RetryAfter(err, status.RetryAfter)
 	case code == http.StatusNotFound || code == http.StatusRequestTimeout || code >= 500:
 		return err
 	}
-	return Permanent(err)
+	return podfacts.Permanent(err)
 }

@@ -2,19 +2,25 @@
 
 //go:build linux
 
-package podfacts
+package apiserver
 
 import (
 	"errors"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
 	"time"
 
+	"shunt.dev/shunt/internal/podfacts"
 	"shunt.dev/shunt/internal/testbed"
 	"shunt.dev/shunt/redirect"
 )
+
+func fetcher(timeout time.Duration, source podfacts.Source) *podfacts.Fetcher {
+	return &podfacts.Fetcher{Sources: []podfacts.Source{source}, Timeout: timeout, Log: slog.New(slog.DiscardHandler)}
+}
 
 func pod(uid string) *redirect.Pod {
 	return &redirect.Pod{
@@ -79,7 +85,7 @@ func TestAPIServer(t *testing.T) {
 				timeout = 30 * time.Second
 			}
 			start := time.Now()
-			got, err := fetcher(timeout, NewAPIServer(s.WriteKubeconfig(t, t.TempDir()), "test")).Pod(t.Context(), "ns", "p", "right")
+			got, err := fetcher(timeout, New(s.WriteKubeconfig(t, t.TempDir()), "test")).Pod(t.Context(), "ns", "p", "right")
 			// The bound is kept; what a busy machine adds is generous.
 			if took := time.Since(start); tc.timeout != 0 && took > timeout+5*time.Second {
 				t.Errorf("took %v of %v", took, timeout)
@@ -106,8 +112,8 @@ func TestNoServer(t *testing.T) {
 	if err := os.WriteFile(path, []byte(config), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	_, err := fetcher(oneAnswer, NewAPIServer(path, "test")).Pod(t.Context(), "ns", "p", "u")
-	var e *Error
+	_, err := fetcher(oneAnswer, New(path, "test")).Pod(t.Context(), "ns", "p", "u")
+	var e *podfacts.Error
 	if !errors.As(err, &e) || e.Tries[0].Count < 2 || !strings.Contains(err.Error(), "connection refused") {
 		t.Errorf("got %v", err)
 	}
@@ -125,7 +131,7 @@ func TestKubeconfigErrors(t *testing.T) {
 		malformed:                  "mend the file",
 		dir:                        "is not a regular file",
 	} {
-		_, err := fetcher(time.Hour, NewAPIServer(path, "test")).Pod(t.Context(), "ns", "p", "u")
+		_, err := fetcher(time.Hour, New(path, "test")).Pod(t.Context(), "ns", "p", "u")
 		if err == nil || !strings.Contains(err.Error(), want) || !strings.Contains(err.Error(), "asked 1 time,") {
 			t.Errorf("%s: got %v, want %q", path, err, want)
 		}

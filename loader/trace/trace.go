@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package loader
+// Package trace shows how the programs decide, as they do.
+package trace
 
 import (
 	"cmp"
@@ -20,13 +21,8 @@ import (
 	"golang.org/x/sys/unix"
 
 	"shunt.dev/shunt/bpf"
-)
-
-// The map of the variable that switches tracing on, and its pin's name: bpffs
-// refuses names with a dot.
-const (
-	tracingMap = ".data.trace"
-	tracingPin = "tracing"
+	"shunt.dev/shunt/loader"
+	"shunt.dev/shunt/loader/programs"
 )
 
 const (
@@ -37,9 +33,6 @@ const (
 	traceRenewal = time.Second
 	traceTime    = 3 * time.Second
 )
-
-// ThisBuild names this build's datapath, as records do.
-func ThisBuild() string { return "datapath-" + bpf.Digest[:16] }
 
 // ErrTracers says that as many trace as can at once.
 var ErrTracers = errors.New("others trace already")
@@ -57,7 +50,7 @@ type Decision struct {
 	// Rule is RULE_NONE where something failed before there was one.
 	Rule bpf.ShuntRule
 	// Failure says why the flow was refused, whatever the rule says; nil: it wasn't.
-	Failure  *ErrorCount
+	Failure  *loader.ErrorCount
 	Protocol int            // IPPROTO_TCP or IPPROTO_UDP
 	Dst      netip.AddrPort // the original destination; port 0: it can't be read
 	// Inbound: the client, and the index of the interface that it came by, which
@@ -71,8 +64,8 @@ type Decision struct {
 	UID, GID uint32
 }
 
-// A TraceFilter says which decisions a tracer gets.
-type TraceFilter struct {
+// A Filter says which decisions a tracer gets.
+type Filter struct {
 	Rules []bpf.ShuntRule
 	// Pods are the cookies of network namespaces, 4 at most; nil: of every pod.
 	Pods []uint64
@@ -87,7 +80,7 @@ type TraceFilter struct {
 //
 // It traces this build's datapath, also one that is loaded later, or anew.
 type Tracer struct {
-	opts   Options
+	opts   loader.Options
 	seat   int
 	ring   *ebpf.Map
 	reader *ringbuf.Reader
@@ -96,7 +89,7 @@ type Tracer struct {
 	done   chan struct{}
 
 	mu     sync.Mutex // of all below
-	filter TraceFilter
+	filter Filter
 	at     *traced // nil: no datapath is loaded
 	lost   uint64
 	failed error // of the last renewal
@@ -106,7 +99,7 @@ type Tracer struct {
 type traced struct {
 	epoch  string
 	memory []byte
-	rings  fd
+	rings  *ebpf.Map
 	counts uint64 // of lost decisions, when it was looked at last
 }
 
@@ -114,8 +107,8 @@ func (x *traced) trace() *bpf.ShuntTrace {
 	return (*bpf.ShuntTrace)(unsafe.Pointer(unsafe.SliceData(x.memory)))
 }
 
-// Trace begins to trace. Four can at once on a node, else the error is ErrTracers.
-func Trace(opts Options, filter TraceFilter) (_ *Tracer, err error) {
+// New begins to trace. Four can at once on a node, else the error is ErrTracers.
+func New(opts loader.Options, filter Filter) (_ *Tracer, err error) {
 	t := &Tracer{opts: opts, stop: make(chan struct{}), done: make(chan struct{})}
 	if err := t.setFilter(filter); err != nil {
 		return nil, err
@@ -130,7 +123,7 @@ func Trace(opts Options, filter TraceFilter) (_ *Tracer, err error) {
 	}()
 	t.ring, err = ebpf.NewMap(&ebpf.MapSpec{Name: "shunt_trace", Type: ebpf.RingBuf, MaxEntries: cmp.Or(filter.Ring, traceRing)})
 	if err != nil {
-		return nil, fmt.Errorf("make a ring buffer: %w", classify(err))
+		return nil, fmt.Errorf("make a ring buffer: %w", programs.Classify(err))
 	}
 	if t.reader, err = ringbuf.NewReader(t.ring); err != nil {
 		return nil, fmt.Errorf("read a ring buffer: %w", err)
@@ -182,7 +175,7 @@ func takeSeat(runDir string) (int, func(), error) {
 	return 0, nil, fmt.Errorf("%w: %d of them, and no more can on a node", ErrTracers, len(bpf.ShuntTrace{}.Tracers))
 }
 
-func (t *Tracer) setFilter(f TraceFilter) error {
+func (t *Tracer) setFilter(f Filter) error {
 	if len(f.Pods) > maxTracedPods {
 		return fmt.Errorf("trace %d network namespaces: %d can be named at once", len(f.Pods), maxTracedPods)
 	}
@@ -190,7 +183,7 @@ func (t *Tracer) setFilter(f TraceFilter) error {
 	return nil
 }
 
-// SetPods changes whose decisions the tracer gets, as in TraceFilter.
+// SetPods changes whose decisions the tracer gets, as in Filter.
 func (t *Tracer) SetPods(pods []uint64) error {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -232,15 +225,13 @@ func monotonic() uint64 {
 
 // renew moves the tracer's deadline on in the datapath that is loaded now.
 func (t *Tracer) renew() error {
-	d := (&Datapath{opts: t.opts}).ofBuild(ThisBuild())
-	epoch, err := d.epoch(filepath.Base(d.dir))
+	epoch, err := loader.Epoch(t.opts, loader.ThisBuild())
 	if err != nil {
 		return err
 	}
 	if t.at != nil && t.at.epoch != epoch {
 		t.countLost()
-		key := uint32(t.seat)
-		if err := errors.Join(remove(t.at.rings, &key), t.at.close()); err != nil {
+		if err := errors.Join(t.at.without(t.seat), t.at.close()); err != nil {
 			return err
 		}
 		t.at = nil
@@ -249,8 +240,9 @@ func (t *Tracer) renew() error {
 		return nil
 	}
 	if t.at == nil {
-		if t.at, err = t.enter(d, epoch); err != nil {
-			return fmt.Errorf("trace the datapath %s: %w", d.dir, err)
+		dir := filepath.Join(t.opts.BPFDir, loader.ThisBuild())
+		if t.at, err = t.enter(dir, epoch); err != nil {
+			return fmt.Errorf("trace the datapath %s: %w", dir, err)
 		}
 	}
 	until := monotonic() + uint64(traceTime)
@@ -260,25 +252,24 @@ func (t *Tracer) renew() error {
 }
 
 // enter takes the tracer's seat in a datapath, but for the deadline.
-func (t *Tracer) enter(d *Datapath, epoch string) (_ *traced, err error) {
-	defer d.closeFDs()
-	variable, err := d.object(tracingPin)
+func (t *Tracer) enter(dir, epoch string) (_ *traced, err error) {
+	variable, err := ebpf.LoadPinnedMap(filepath.Join(dir, loader.TracingPin), nil)
 	if err != nil {
 		return nil, err
 	}
+	defer variable.Close()
 	x := &traced{epoch: epoch}
-	x.memory, err = unix.Mmap(int(variable), 0, os.Getpagesize(), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
+	x.memory, err = unix.Mmap(variable.FD(), 0, os.Getpagesize(), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
 	if err != nil {
-		return nil, fmt.Errorf("map %s into memory: %w", tracingPin, err)
+		return nil, fmt.Errorf("map %s into memory: %w", loader.TracingPin, err)
 	}
-	if x.rings, err = getPin(filepath.Join(d.dir, bpf.ShuntMapRings)); err != nil {
+	if x.rings, err = ebpf.LoadPinnedMap(filepath.Join(dir, bpf.ShuntMapRings), nil); err != nil {
 		return nil, errors.Join(err, unix.Munmap(x.memory))
 	}
 	// One who was killed may have this seat for a moment still.
 	seat := &x.trace().Tracers[t.seat]
 	atomic.StoreUint64(&seat.Until, 0)
-	key, ring := uint32(t.seat), uint32(t.ring.FD())
-	if err := update(x.rings, &key, &ring, updateAny); err != nil {
+	if err := x.rings.Put(uint32(t.seat), t.ring); err != nil {
 		return nil, errors.Join(fmt.Errorf("give the programs a ring buffer: %w", err), x.close())
 	}
 	x.counts = atomic.LoadUint64(&seat.Lost)
@@ -287,9 +278,17 @@ func (t *Tracer) enter(d *Datapath, epoch string) (_ *traced, err error) {
 	return x, nil
 }
 
+// without takes the ring buffer of a seat away from the programs.
+func (x *traced) without(seat int) error {
+	err := x.rings.Delete(uint32(seat))
+	if errors.Is(err, ebpf.ErrKeyNotExist) {
+		return nil
+	}
+	return err
+}
+
 func (x *traced) close() error {
-	x.rings.close()
-	return unix.Munmap(x.memory)
+	return errors.Join(x.rings.Close(), unix.Munmap(x.memory))
 }
 
 func (t *Tracer) countLost() {
@@ -342,7 +341,7 @@ func (t *Tracer) Read(deadline time.Time) (Decision, error) {
 	}
 }
 
-func (f *TraceFilter) wants(d *Decision) bool {
+func (f *Filter) wants(d *Decision) bool {
 	named := f.Pods == nil
 	for _, pod := range f.Pods {
 		named = named || pod == d.Cookie
@@ -375,7 +374,7 @@ func decision(raw []byte) (Decision, error) {
 		d.Command = unix.ByteSliceToString((*[len(e.Comm)]byte)(unsafe.Pointer(&e.Comm))[:])
 	}
 	if place := bpf.ShuntPlace(e.How >> 8 & 0xff); place != 0 {
-		d.Failure = &ErrorCount{Cookie: e.Cookie, Place: place, Errno: unix.Errno(e.How >> 16), Count: 1}
+		d.Failure = &loader.ErrorCount{Cookie: e.Cookie, Place: place, Errno: unix.Errno(e.How >> 16), Count: 1}
 	}
 	return d, nil
 }
@@ -397,8 +396,7 @@ func (t *Tracer) free() error {
 	if t.at != nil {
 		// The last one to leave is noticed by the next decision.
 		atomic.StoreUint64(&t.at.trace().Tracers[t.seat].Until, 0)
-		key := uint32(t.seat)
-		errs = append(errs, remove(t.at.rings, &key), t.at.close())
+		errs = append(errs, t.at.without(t.seat), t.at.close())
 	}
 	if t.reader != nil {
 		errs = append(errs, t.reader.Close())

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package main
+package cni
 
 import (
 	"cmp"
@@ -19,35 +19,37 @@ import (
 
 	"shunt.dev/shunt/internal/answer"
 	"shunt.dev/shunt/internal/netconf"
-	"shunt.dev/shunt/internal/podfacts"
 	"shunt.dev/shunt/internal/spool"
 	"shunt.dev/shunt/loader"
 	"shunt.dev/shunt/redirect"
-	"shunt.dev/shunt/redirect/backends"
-	"shunt.dev/shunt/redirect/iptables"
 )
 
 // Shunt's own error codes; below 100 they are the specification's.
 const (
-	codeProgram uint = 100 // the pod could not be programmed, or the programming not removed
-	codeDiffers uint = 101 // CHECK: the programming is missing or differs
+	CodeProgram uint = 100 // the pod could not be programmed, or the programming not removed
+	CodeDiffers uint = 101 // CHECK: the programming is missing or differs
 )
 
 // checkFactsTimeout bounds how long CHECK asks for pod facts.
 const checkFactsTimeout = 5 * time.Second
 
-// factsSource gets the facts of a pod within its own bound of time.
-type factsSource interface {
+// A FactsSource gets the facts of a pod within its own bound of time.
+type FactsSource interface {
 	Pod(ctx context.Context, namespace, name, uid string) (*redirect.Pod, error)
 }
 
-// programmer is what makes a pod redirected: the node's backends.
-type programmer interface {
+// A Programmer is what makes a pod redirected.
+type Programmer interface {
 	// Apply programs the target as chosen, and says what came of the choice.
 	Apply(ctx context.Context, t redirect.Target, p *redirect.Policy, c redirect.Choice) (redirect.Choice, error)
 	// Check and Remove are those of a redirect.Backend.
 	Check(ctx context.Context, t redirect.Target) error
 	Remove(ctx context.Context, a redirect.Attachment) error
+}
+
+// A Node is a Programmer that knows of all pods: the node's backends.
+type Node interface {
+	Programmer
 	// Attachments lists what is programmed for a CNI network.
 	Attachments(ctx context.Context, network string) ([]redirect.Attachment, error)
 	// Sweep removes what is left of pods that are gone, whatever their network.
@@ -62,41 +64,27 @@ type programmer interface {
 type plugin struct {
 	stdout, stderr io.Writer
 
-	facts      func(*netconf.Config, *slog.Logger) factsSource
-	backends   func(*netconf.Config, *slog.Logger) programmer
-	checkNetns func(path string) error // refuses what must not be programmed
+	facts      func(*netconf.Config, *slog.Logger) FactsSource
+	backends   func(*netconf.Config, *slog.Logger) Programmer
+	node       func(*netconf.Config, *slog.Logger) Node // for GC and STATUS
+	kubeconfig func(path string) error                  // fails where pods that need the API server would
+	checkNetns func(path string) error                  // refuses what must not be programmed
 	podCgroup  func(cgroupRoot, hint, podUID string) (string, error)
 	cgroupRoot func(configured string) (string, error)
 }
 
-// newPlugin returns the plugin; path is where iptables' programs are looked for,
-// as $PATH has it.
-func newPlugin(path string) *plugin {
+// newPlugin returns the plugin with all that it may need.
+func newPlugin(o Options) *plugin {
 	return &plugin{
-		stdout: os.Stdout,
-		stderr: os.Stderr,
-		facts:  newFacts,
-		backends: func(conf *netconf.Config, log *slog.Logger) programmer {
-			return backends.New(backends.Options{
-				BPFDir: conf.BPFDir, RunDir: conf.RunDir, Log: log,
-				Iptables: iptables.Mode(conf.IptablesBackend), IptablesPath: path,
-			})
-		},
+		stdout:     os.Stdout,
+		stderr:     os.Stderr,
+		facts:      o.Facts,
+		backends:   func(conf *netconf.Config, log *slog.Logger) Programmer { return o.Backends(conf, log) },
+		node:       o.Backends,
+		kubeconfig: o.CheckKubeconfig,
 		checkNetns: checkNetns,
 		podCgroup:  podCgroup,
 		cgroupRoot: loader.FindCgroup2Mount,
-	}
-}
-
-// newFacts returns the sources of pod facts, in the order of asking.
-func newFacts(conf *netconf.Config, log *slog.Logger) factsSource {
-	return &podfacts.Fetcher{
-		Sources: []podfacts.Source{
-			podfacts.NewAgent(conf.RunDir),
-			podfacts.NewAPIServer(conf.Kubeconfig, "shunt-cni/"+buildVersion),
-		},
-		Timeout: conf.PodFactsTimeout,
-		Log:     log,
 	}
 }
 
@@ -112,8 +100,13 @@ func (p *plugin) funcs() skel.CNIFuncs {
 	return skel.CNIFuncs{Add: p.add, Del: p.del, Check: p.check, GC: p.gc, Status: p.status}
 }
 
-// fail makes a CNI error.
+// fail makes a CNI error, unless the request is to be handed over.
 func fail(code uint, format string, args ...any) error {
+	for _, a := range args {
+		if err, ok := a.(error); ok && needed(err) != nil {
+			return err
+		}
+	}
 	return types.NewError(code, fmt.Sprintf(format, args...), "")
 }
 
@@ -214,6 +207,9 @@ func (p *plugin) add(args *skel.CmdArgs) error {
 	}
 	defer c.spool.Close()
 	choice, err := p.setUp(context.Background(), c)
+	if needed(err) != nil {
+		return err // whoever does it tells
+	}
 	if err != nil || choice.Datapath != "" {
 		c.report(choice, err)
 	}
@@ -238,7 +234,7 @@ func (p *plugin) setUp(ctx context.Context, c *call) (choice redirect.Choice, er
 	}
 	choice, err = redirect.Choose(c.conf.Datapath, c.conf.InboundHook, pod, policy)
 	if err != nil {
-		code := codeProgram
+		code := CodeProgram
 		var input *redirect.InputError
 		if errors.As(err, &input) {
 			code = types.ErrInvalidNetworkConfig
@@ -255,18 +251,18 @@ func (p *plugin) setUp(ctx context.Context, c *call) (choice redirect.Choice, er
 func (p *plugin) program(ctx context.Context, c *call, t redirect.Target, policy *redirect.Policy, choice redirect.Choice, result []byte) (_ redirect.Choice, err error) {
 	node := p.backends(c.conf, c.log)
 	defer func() {
-		if err == nil {
+		if err == nil || needed(err) != nil {
 			return
 		}
 		// Apply has undone its own; this is for a result that could not be
 		// printed, and for what a backend may have missed.
 		if undo := node.Remove(ctx, c.Attachment); undo != nil {
-			err = fail(codeProgram, "%v; undo it: %v", err, undo)
+			err = fail(CodeProgram, "%v; undo it: %v", err, undo)
 		}
 	}()
 	start := time.Now()
 	if choice, err = node.Apply(ctx, t, policy, choice); err != nil {
-		return choice, fail(codeProgram, "program pod %s: %v", c.pod, err)
+		return choice, fail(CodeProgram, "program pod %s: %v", c.pod, err)
 	}
 	c.log.Info("pod is redirected", "datapath", choice.Datapath, "reason", choice.Reasons[0].Name, "why", choice.Reasons.String(),
 		"cgroup", t.Cgroup, "took", time.Since(start))
@@ -301,7 +297,7 @@ func (p *plugin) del(args *skel.CmdArgs) error {
 	log := newLog(p.stderr, lines, conf.LogLevel).With("command", "DEL", "container", args.ContainerID, "interface", args.IfName)
 	a := redirect.Attachment{ContainerID: args.ContainerID, IfName: args.IfName}
 	if err := p.backends(conf, log).Remove(context.Background(), a); err != nil {
-		return fail(codeProgram, "remove what was programmed for container %s: %v", a.ContainerID, err)
+		return fail(CodeProgram, "remove what was programmed for container %s: %v", a.ContainerID, err)
 	}
 	log.Debug("nothing is programmed for the attachment any more")
 	return nil
@@ -321,11 +317,11 @@ func (p *plugin) check(args *skel.CmdArgs) error {
 		return nil
 	}
 	err = p.backends(c.conf, c.log).Check(ctx, p.target(c, nil))
-	if err == nil {
-		return nil
+	if err == nil || needed(err) != nil {
+		return err
 	}
 	if !errors.Is(err, redirect.ErrNotProgrammed) {
-		return fail(codeDiffers, "check pod %s: %v", c.pod, err)
+		return fail(CodeDiffers, "check pod %s: %v", c.pod, err)
 	}
 	c.conf.PodFactsTimeout = min(c.conf.PodFactsTimeout, checkFactsTimeout)
 	_, policy, factsErr := p.decide(ctx, c)
@@ -333,7 +329,7 @@ func (p *plugin) check(args *skel.CmdArgs) error {
 		return factsErr
 	}
 	if policy != nil {
-		return fail(codeDiffers, "check pod %s: it is to be redirected, but %v", c.pod, err)
+		return fail(CodeDiffers, "check pod %s: it is to be redirected, but %v", c.pod, err)
 	}
 	return nil
 }
@@ -352,10 +348,10 @@ func (p *plugin) gc(args *skel.CmdArgs) error {
 	lines := spool.Open(conf.RunDir)
 	defer lines.Close()
 	log := newLog(p.stderr, lines, conf.LogLevel).With("command", "GC")
-	node := p.backends(conf, log)
+	node := p.node(conf, log)
 	present, err := node.Attachments(ctx, conf.Name)
 	if err != nil {
-		return fail(codeProgram, "collect garbage: list what is programmed: %v", err)
+		return fail(CodeProgram, "collect garbage: list what is programmed: %v", err)
 	}
 	var errs []error
 	for _, a := range present {
@@ -376,7 +372,7 @@ func (p *plugin) gc(args *skel.CmdArgs) error {
 		errs = append(errs, fmt.Errorf("remove what is left of pods that are gone: %w", err))
 	}
 	if err := errors.Join(errs...); err != nil {
-		return fail(codeProgram, "collect garbage: %v", err)
+		return fail(CodeProgram, "collect garbage: %v", err)
 	}
 	return nil
 }
@@ -404,7 +400,9 @@ func (p *plugin) status(args *skel.CmdArgs) error {
 	if err != nil {
 		return fail(types.ErrPluginNotAvailable, "%v", err)
 	}
-	warnOfKubeconfig(conf.Kubeconfig, log)
+	if err := p.kubeconfig(conf.Kubeconfig); err != nil {
+		log.Warn("pods of the mesh can't be set up while the node agent does not answer: only pods that need no facts can", "error", err)
+	}
 	return nil
 }
 
@@ -419,7 +417,7 @@ func (p *plugin) able(conf *netconf.Config, log *slog.Logger) (by string, err er
 		notEBPF = &redirect.Reason{Name: redirect.ReasonNoCgroup2, Text: err.Error()}
 		datapath = string(redirect.Iptables)
 	}
-	why, err := p.backends(conf, log).Ready(context.Background(), datapath)
+	why, err := p.node(conf, log).Ready(context.Background(), datapath)
 	if err != nil {
 		if notEBPF != nil {
 			err = fmt.Errorf("datapath ebpf: %s; datapath iptables: %w", notEBPF.Text, err)
