@@ -172,7 +172,7 @@ func TestPrivilegedRunIsStopped(t *testing.T) {
 			defer timer.Stop()
 			start := time.Now()
 			checks := Run(ctx, options(probe.Paths...))
-			if took := time.Since(start); took > after+3*time.Second {
+			if took := time.Since(start); took > after+10*time.Second { // of Limit's minute; to clear away may take five
 				t.Errorf("it took %v", took)
 			}
 			if ctx.Err() == nil {
