@@ -194,7 +194,7 @@ type progLoadAttr struct {
 func loadProgram(typ uint32, attach attachType, name, license string, code []byte) (fd, error) {
 	lic := append([]byte(license), 0)
 	attr := progLoadAttr{
-		progType:           uint32(typ),
+		progType:           typ,
 		insnCount:          uint32(len(code) / 8),
 		insns:              unsafe.Pointer(unsafe.SliceData(code)),
 		license:            unsafe.Pointer(unsafe.SliceData(lic)),

@@ -104,6 +104,8 @@ var stepNamings = sync.OnceValue(func() []stepNaming {
 		{regexp.MustCompile(`^(/\S*)?(shunt-test-\S*|kubepods|burstable|pod[0-9a-f-]{36})$`), "the pod's cgroup"},
 		{regexp.MustCompile(`^/\S+/netns$`), "the pod's netns"},
 		{regexp.MustCompile(`^/\S+/TestPrivileged[^/]+/\d+$`), "another bpffs"}, // of another test's
+		{regexp.MustCompile(`^/\S+/shunt-testbed-\d+/shunt$`), "the larger executable"},
+		{regexp.MustCompile(`^/memfd:shunt-netconf.*`), "what is handed over"},
 		{regexp.MustCompile(`^/\S+/kubeconfig$`), "kubeconfig"},
 	}
 })

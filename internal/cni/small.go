@@ -44,8 +44,8 @@ func small() *plugin {
 
 // needed returns what an error says of a request that is to be handed over; nil where
 // it is not.
-func needed(err error) *handover.Needed {
-	var n *handover.Needed
+func needed(err error) *handover.NeededError {
+	var n *handover.NeededError
 	errors.As(err, &n)
 	return n
 }
@@ -68,7 +68,7 @@ func handing(f skel.CNIFuncs, exec func(stdin []byte, why handover.Reason) error
 		}
 	}
 	at := func(why handover.Reason) func(*skel.CmdArgs) error {
-		return func(*skel.CmdArgs) error { return &handover.Needed{Reason: why} }
+		return func(*skel.CmdArgs) error { return &handover.NeededError{Reason: why} }
 	}
 	return skel.CNIFuncs{
 		Add: hand(CodeProgram, f.Add), Del: hand(CodeProgram, f.Del), Check: hand(CodeProgram, f.Check),
@@ -88,9 +88,9 @@ func (a agentOnce) Pod(ctx context.Context, namespace, name, uid string) (*redir
 	pod, err := podfacts.Ask(ctx, a.Source, namespace, name, uid)
 	switch {
 	case errors.Is(err, podfacts.ErrHung):
-		return nil, &handover.Needed{Reason: handover.HungAgent, Err: fmt.Errorf("%v: %w", a.Source, err)}
+		return nil, &handover.NeededError{Reason: handover.HungAgent, Err: fmt.Errorf("%v: %w", a.Source, err)}
 	case err != nil:
-		return nil, &handover.Needed{Reason: handover.Facts, Err: fmt.Errorf("%v: %w", a.Source, err)}
+		return nil, &handover.NeededError{Reason: handover.Facts, Err: fmt.Errorf("%v: %w", a.Source, err)}
 	}
 	return pod, nil
 }
@@ -108,14 +108,14 @@ func (p podSide) byIptables(a redirect.Attachment) error {
 	if _, err := os.Lstat(record.Path(p.runDir, a)); errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
-	return &handover.Needed{Reason: handover.Iptables, Err: errByIptables}
+	return &handover.NeededError{Reason: handover.Iptables, Err: errByIptables}
 }
 
 // Apply is Programmer's. Where eBPF fails the one that takes over is the larger
 // executable's, or the reason why none does.
 func (p podSide) Apply(ctx context.Context, t redirect.Target, policy *redirect.Policy, c redirect.Choice) (redirect.Choice, error) {
 	if c.Datapath != redirect.EBPF {
-		return c, &handover.Needed{Reason: handover.Iptables, Err: errors.New(c.Reasons.String())}
+		return c, &handover.NeededError{Reason: handover.Iptables, Err: errors.New(c.Reasons.String())}
 	}
 	if err := p.byIptables(t.Attachment); err != nil {
 		return c, err
@@ -128,15 +128,15 @@ func (p podSide) Apply(ctx context.Context, t redirect.Target, policy *redirect.
 	case errors.Is(err, loader.ErrNotUndone): // nothing is handed over in the middle
 		return c, fmt.Errorf("datapath ebpf: %w", err)
 	case errors.Is(err, loader.ErrNoPrograms):
-		return c, &handover.Needed{Reason: handover.Datapath, Err: err}
+		return c, &handover.NeededError{Reason: handover.Datapath, Err: err}
 	}
-	return c, &handover.Needed{Reason: handover.EBPF, Err: err}
+	return c, &handover.NeededError{Reason: handover.EBPF, Err: err}
 }
 
 // Check is Programmer's. What is not as it should be may be mended, or be iptables'.
 func (p podSide) Check(ctx context.Context, t redirect.Target) error {
 	if err := p.ebpf.Check(ctx, t); err != nil {
-		return &handover.Needed{Reason: handover.Check, Err: err}
+		return &handover.NeededError{Reason: handover.Check, Err: err}
 	}
 	return nil
 }

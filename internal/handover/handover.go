@@ -41,20 +41,20 @@ const (
 	Status    Reason = "status"     // what ADD would need is tried
 )
 
-// Needed is the error of a request that is to be handed over.
-type Needed struct {
+// A NeededError is the error of a request that is to be handed over.
+type NeededError struct {
 	Reason Reason
 	Err    error // what has led to it; nil where the request alone has
 }
 
-func (n *Needed) Error() string {
+func (n *NeededError) Error() string {
 	if n.Err == nil {
 		return "the request is to be handed over: " + string(n.Reason)
 	}
 	return "the request is to be handed over: " + string(n.Reason) + ": " + n.Err.Error()
 }
 
-func (n *Needed) Unwrap() error { return n.Err }
+func (n *NeededError) Unwrap() error { return n.Err }
 
 // To is how this process becomes another.
 type To struct {

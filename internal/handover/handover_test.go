@@ -63,11 +63,11 @@ func TestRefill(t *testing.T) {
 
 // TestNeeded: the error of what has led to it is not lost.
 func TestNeeded(t *testing.T) {
-	err := error(&Needed{Reason: EBPF, Err: io.EOF})
+	err := error(&NeededError{Reason: EBPF, Err: io.EOF})
 	if !errors.Is(err, io.EOF) || !strings.Contains(err.Error(), "ebpf: EOF") {
 		t.Error(err)
 	}
-	if err := (&Needed{Reason: GC}); !strings.HasSuffix(err.Error(), ": gc") || err.Unwrap() != nil {
+	if err := (&NeededError{Reason: GC}); !strings.HasSuffix(err.Error(), ": gc") || err.Unwrap() != nil {
 		t.Error(err)
 	}
 }

@@ -62,7 +62,7 @@ func readPod(r io.Reader) (*redirect.Pod, error) {
 // half of a pod could be taken for one without a proxy.
 func readAnswer(r io.Reader) (*response, error) {
 	buf := make([]byte, maxHead)
-	n, end := 0, -1
+	var n, end int
 	for {
 		m, err := r.Read(buf[n:])
 		n += m

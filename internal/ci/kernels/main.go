@@ -48,7 +48,8 @@ var onIptables = []suite{
 // onEBPF has each hook once: connect and getpeername (the original destination),
 // getsockopt and sockops, sk_lookup, sendmsg and recvmsg (DNS), TC, and TPROXY.
 var onEBPF = []suite{
-	{"loader", []string{"TestPrivilegedAttachTwice", "TestPrivilegedCheckNamesAndAttachMends", "TestPrivilegedProbe", "TestPrivilegedLookAtTC"}},
+	{"loader", []string{"TestPrivilegedAttachTwice", "TestPrivilegedCheckNamesAndAttachMends", "TestPrivilegedLookAtTC"}},
+	{"internal/probe/kernel", []string{"TestPrivilegedProbe"}},
 	{"redirect/ebpf", []string{
 		"TestPrivilegedOriginalDst", "TestPrivilegedProxyDown", "TestPrivilegedTimeWait",
 		"TestPrivilegedMPTCP", "TestPrivilegedMPTCPListener", "TestPrivilegedTProxyListener", "TestPrivilegedDNS", "TestPrivilegedTrace",
