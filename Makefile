@@ -89,7 +89,7 @@ test-privileged: need-root ## run the tests that need root
 
 .PHONY: test-race
 test-race: need-root ## run the tests that need root under -race, the plugin's binary too
-	SHUNT_TESTBED_RACE=1 $(GO) test -json -race -count=$(COUNT) $(privileged) | $(report)
+	GORACE=atexit_sleep_ms=0 SHUNT_TESTBED_RACE=1 $(GO) test -json -race -count=$(COUNT) $(privileged) | $(report)
 
 .PHONY: e2e
 e2e: deps-e2e need-root image ## run the tests on a real Kubernetes node (root)
