@@ -234,16 +234,28 @@ func TestAgentDown(t *testing.T) {
 	b.live(t)
 }
 
-// A crash of the runtime.
-func TestContainerdRestart(t *testing.T) {
+// crash ends a daemon and starts it again, with connections that have to live and
+// with pods that are on their way, in the midst of ADD or DEL and before.
+func crash(t *testing.T, d daemon) {
 	install(t, defaults)
 	b := keepBusy(t)
-	daemon("containerd").kill(t)
+	stop := make(chan struct{})
+	count, done := stream(t, string(d), stop)
+	eventually(t, patience, "pods are on their way", func() error {
+		return unless(strings.Contains(runtimeLog(t), "Name:"+string(d)+"-"), "none")
+	})
+	d.kill(t)
 	b.live(t)
-	daemon("containerd").start(t)
-	wantRedirected(t, start(t, meshed("after-containerd")))
+	d.start(t)
+	wantRedirected(t, start(t, meshed("after-"+string(d))))
+	close(stop)
+	done.Wait()
+	t.Logf("%d more pods started", count.Load())
 	b.live(t)
 }
+
+// A crash of the runtime.
+func TestContainerdRestart(t *testing.T) { crash(t, "containerd") }
 
 // Without the API server the agent doesn't know a pod that comes by a file: it
 // is not started until somebody can tell what it is.
@@ -311,12 +323,7 @@ func TestKubeletRestart(t *testing.T) {
 	if mode == "v2" {
 		t.Fatal("a kubelet can't be restarted on a node in mode v2: docs/TESTING.md")
 	}
-	install(t, defaults)
-	b := keepBusy(t)
-	daemon("kubelet").kill(t)
-	daemon("kubelet").start(t)
-	wantRedirected(t, start(t, meshed("after-kubelet")))
-	b.live(t)
+	crash(t, "kubelet")
 }
 
 // An ADD that fails is tried again by the kubelet, and succeeds once the cause
