@@ -137,7 +137,7 @@ func build(ctx context.Context, dir string) error {
 			continue
 		}
 		built[s.pkg] = true
-		if err := command("test", "-c", "-ldflags=-s -w", "-o", binary(dir, s), "./"+s.pkg); err != nil {
+		if err := command("test", "-c", "-trimpath", "-ldflags=-s -w", "-o", binary(dir, s), "./"+s.pkg); err != nil {
 			return err
 		}
 	}
