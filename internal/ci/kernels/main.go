@@ -283,7 +283,10 @@ func tests(output string, suites []suite, out io.Writer) (passed int, err error)
 	return passed, errors.Join(bad...)
 }
 
-// readReport reads what the two runs of the probe have left. They have to agree.
+// readReport reads what the two runs of the probe have left. They have to agree,
+// but that the first may not have been able to tell: it has the kernel load
+// iptables' modules, for which in an emulated machine the time that a program is
+// given may not suffice.
 func readReport(dir string) (*probe.Report, error) {
 	var reports [2]probe.Report
 	for i, name := range []string{"probe", "self-test"} {
@@ -304,7 +307,7 @@ func readReport(dir string) (*probe.Report, error) {
 		}
 	}
 	for _, row := range reports[0].Rows {
-		if again := reports[1].Row(row.Name); again.Answer != row.Answer {
+		if again := reports[1].Row(row.Name); again.Answer != row.Answer && row.Answer != probe.Unknown {
 			return nil, fmt.Errorf("the probe said of %s %s, then %s", row.Name, row.Answer, again.Answer)
 		}
 	}
