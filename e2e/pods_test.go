@@ -269,7 +269,7 @@ func wantDatapath(t *testing.T, p *corev1.Pod, datapath string) {
 	t.Helper()
 	got := records(sandbox(t, p))
 	if !maps.Equal(got, map[string]int{datapath: 1}) {
-		t.Errorf("pod %s is redirected by %v: expected %s", p.Name, got, datapath)
+		t.Errorf("pod %s is redirected by %v: expected %s\n%s", p.Name, got, datapath, agentState(t))
 	}
 }
 
