@@ -23,8 +23,8 @@ MODES    ?= v2 hybrid containerd2
 IMAGE    ?= localhost/shunt/shunt-node:$(shell awk '$$1 == "appVersion:" {print $$2}' install/chart/Chart.yaml)
 # 0 to leave the system's packages alone.
 DEPS     ?= 1
-# Which other kernels, and 1 to write what they say into docs/KERNELS.md.
-KERNELS  ?= 5.10 6.1 6.12
+# Which kernels, "this" the machine's own, and 1 to write what the others say into docs/KERNELS.md.
+KERNELS  ?= 5.10 6.1 6.12 this
 KERNELS_UPDATE ?=
 # Another vulnerability database than the Go project's, such as file:///path.
 VULNDB   ?=
@@ -89,14 +89,14 @@ test-privileged: need-root ## run the tests that need root
 
 .PHONY: test-race
 test-race: need-root ## run the tests that need root under -race, the plugin's binary too
-	SHUNT_TESTBED_RACE=1 $(GO) test -json -race -count=$(COUNT) $(privileged) | $(report)
+	GORACE=atexit_sleep_ms=0 SHUNT_TESTBED_RACE=1 $(GO) test -json -race -count=$(COUNT) $(privileged) | $(report)
 
 .PHONY: e2e
 e2e: deps-e2e need-root image ## run the tests on a real Kubernetes node (root)
 	@GO='$(GO)' VERSION='$(VERSION)' RUN='$(RUN)' MODES='$(MODES)' e2e/run.sh
 
 .PHONY: test-kernels
-test-kernels: deps-build deps-kernels ## probe, and run some tests, on KERNELS (emulated; root for missing packages only)
+test-kernels: deps-build deps-kernels ## probe, and run some tests, on KERNELS (emulated; root for missing packages and "this" only)
 	@$(GO) run ./internal/ci/kernels -kernels '$(KERNELS)' $(if $(KERNELS_UPDATE),-update)
 
 .PHONY: fuzz

@@ -232,6 +232,7 @@ func uninstall(t *testing.T) {
 	if installed.values == "" {
 		return
 	}
+	awaitCollected(t)
 	remove(t, installed.objects)
 	installed.values, installed.objects = "", nil
 }

@@ -10,6 +10,7 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"sync"
@@ -70,10 +71,12 @@ func (b *busy) live(t *testing.T) {
 	}
 }
 
-// stream has meshed pods start and go, some at a time, until stop, and checks of
-// each that nothing of it went around its proxy.
-func stream(t *testing.T, prefix string, stop <-chan struct{}) (count *atomic.Int32, done *sync.WaitGroup) {
-	count, done = new(atomic.Int32), new(sync.WaitGroup)
+// stream has meshed pods start and go, some at a time, until end is called, and
+// checks of each that nothing of it went around its proxy.
+func stream(t *testing.T, prefix string) (count *atomic.Int32, end func()) {
+	count = new(atomic.Int32)
+	var done sync.WaitGroup
+	stop := make(chan struct{})
 	for worker := range 4 {
 		done.Go(func() {
 			for i := 0; ; i++ {
@@ -91,7 +94,10 @@ func stream(t *testing.T, prefix string, stop <-chan struct{}) (count *atomic.In
 			}
 		})
 	}
-	return count, done
+	return count, sync.OnceFunc(func() {
+		close(stop)
+		done.Wait()
+	})
 }
 
 // through takes one pod to ready and checks it, on any goroutine.
@@ -142,8 +148,8 @@ const (
 func TestUpgradeUnderLoad(t *testing.T) {
 	install(t, defaults)
 	b := keepBusy(t)
-	stop := make(chan struct{})
-	count, done := stream(t, "upgrade", stop)
+	count, end := stream(t, "upgrade")
+	defer end()
 	// Until enough pods have started to show something.
 	for round := 0; round < 2 || count.Load() < 10; round++ {
 		for _, image := range []string{nextImage, thisImage} {
@@ -155,8 +161,7 @@ func TestUpgradeUnderLoad(t *testing.T) {
 			b.live(t)
 		}
 	}
-	close(stop)
-	done.Wait()
+	end()
 	t.Logf("%d pods started in all", count.Load())
 	b.live(t)
 }
@@ -234,16 +239,28 @@ func TestAgentDown(t *testing.T) {
 	b.live(t)
 }
 
-// A crash of the runtime.
-func TestContainerdRestart(t *testing.T) {
+// crash ends a daemon and starts it again, with connections that have to live and
+// with pods that are on their way, in the midst of ADD or DEL and before.
+func crash(t *testing.T, d daemon) {
 	install(t, defaults)
 	b := keepBusy(t)
-	daemon("containerd").kill(t)
+	count, end := stream(t, string(d))
+	defer end()
+	making := regexp.MustCompile(`RunPodSandbox for .*[Nn]ame:[\\"]*` + string(d) + `-\d`)
+	eventually(t, patience, "pods are on their way", func() error {
+		return unless(making.MatchString(runtimeLog(t)), "none")
+	})
+	d.kill(t)
 	b.live(t)
-	daemon("containerd").start(t)
-	wantRedirected(t, start(t, meshed("after-containerd")))
+	d.start(t)
+	wantRedirected(t, start(t, meshed("after-"+string(d))))
+	end()
+	t.Logf("%d more pods started", count.Load())
 	b.live(t)
 }
+
+// A crash of the runtime.
+func TestContainerdRestart(t *testing.T) { crash(t, "containerd") }
 
 // Without the API server the agent doesn't know a pod that comes by a file: it
 // is not started until somebody can tell what it is.
@@ -311,12 +328,7 @@ func TestKubeletRestart(t *testing.T) {
 	if mode == "v2" {
 		t.Fatal("a kubelet can't be restarted on a node in mode v2: docs/TESTING.md")
 	}
-	install(t, defaults)
-	b := keepBusy(t)
-	daemon("kubelet").kill(t)
-	daemon("kubelet").start(t)
-	wantRedirected(t, start(t, meshed("after-kubelet")))
-	b.live(t)
+	crash(t, "kubelet")
 }
 
 // An ADD that fails is tried again by the kubelet, and succeeds once the cause

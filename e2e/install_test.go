@@ -6,15 +6,10 @@ package e2e
 
 import (
 	"bytes"
-	"fmt"
 	"os"
 	"path/filepath"
-	"regexp"
-	"slices"
 	"strings"
 	"testing"
-
-	corev1 "k8s.io/api/core/v1"
 
 	"shunt.dev/shunt/e2e/wire"
 )
@@ -46,61 +41,6 @@ func TestPods(t *testing.T) {
 	deletePod(t, m.Name)
 	deletePod(t, o.Name)
 	wantNoTraces(t)
-}
-
-// The runtime calls the plugin three times for the end of a pod: at once, and
-// when the kubelet collects the sandbox twice without a netns. All of them are
-// good, and nothing is left after any.
-func TestDelete(t *testing.T) {
-	install(t, defaults)
-	var sandboxes []string
-	for _, datapath := range []string{"ebpf", "iptables"} {
-		p := start(t, meshed("ends-"+datapath, annotated(keyDatapath, datapath)))
-		sandboxes = append(sandboxes, sandbox(t, p))
-		deletePod(t, p.Name)
-	}
-	wantNoTraces(t)
-	for _, id := range sandboxes {
-		eventually(t, patience, "the runtime has taken the network of "+id[:12]+" down three times", func() error {
-			log := runtimeLog(t)
-			if n := strings.Count(log, `TearDown network for sandbox \"`+id+`\" successfully`); n < 3 {
-				return fmt.Errorf("%d times", n)
-			}
-			return nil
-		})
-	}
-	for line := range strings.Lines(runtimeLog(t)) {
-		if strings.Contains(line, "failed to destroy network") && slices.ContainsFunc(sandboxes, func(id string) bool { return strings.Contains(line, id) }) {
-			t.Errorf("the runtime says: %s", line)
-		}
-	}
-	if left := traces(); len(left) > 0 {
-		t.Errorf("left in the end: %v", left)
-	}
-}
-
-func runtimeLog(t *testing.T) string {
-	t.Helper()
-	log, err := os.ReadFile(filepath.Join(logDir(), "containerd.log"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	return string(log)
-}
-
-// As containerd 1.6 writes it, and as 2.x does.
-var sandboxMade = regexp.MustCompile(`RunPodSandbox for .*[Uu]id:[\\"]*([0-9a-f-]{36}).* returns sandbox id [\\"]*([0-9a-f]{64})`)
-
-// sandbox is the runtime's id of a pod.
-func sandbox(t *testing.T, p *corev1.Pod) string {
-	t.Helper()
-	for _, m := range sandboxMade.FindAllStringSubmatch(runtimeLog(t), -1) {
-		if m[1] == string(p.UID) {
-			return m[2]
-		}
-	}
-	t.Fatalf("the runtime's log has no sandbox of pod %s", p.Name)
-	return ""
 }
 
 // After the DaemonSet has gone, the node's chain is what it was before, byte for

@@ -9,6 +9,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"net"
 	"net/http"
 	"net/url"
@@ -256,6 +257,44 @@ func wantRedirected(t *testing.T, p *corev1.Pod) {
 		wantIn(t, p, ip.IP)
 	}
 	wantNotAround(t, p)
+	datapath := p.Annotations[keyDatapath]
+	if datapath == "" {
+		datapath = "ebpf"
+	}
+	wantDatapath(t, p, datapath)
+}
+
+// wantDatapath checks what the pod is redirected by.
+func wantDatapath(t *testing.T, p *corev1.Pod, datapath string) {
+	t.Helper()
+	got := records(sandbox(t, p))
+	if !maps.Equal(got, map[string]int{datapath: 1}) {
+		t.Errorf("pod %s is redirected by %v: expected %s\n%s", p.Name, got, datapath, agentState(t))
+	}
+}
+
+// records counts those of a sandbox by their datapath.
+func records(sandbox string) map[string]int {
+	found := map[string]int{}
+	for datapath, dir := range map[string]string{"ebpf": "attachments", "iptables": "iptables"} {
+		if names, _ := filepath.Glob("/run/shunt/" + dir + "/" + sandbox + "@*.json"); len(names) > 0 {
+			found[datapath] = len(names)
+		}
+	}
+	return found
+}
+
+// wantGone deletes a pod, of which nothing is left.
+func wantGone(t *testing.T, p *corev1.Pod) {
+	t.Helper()
+	id := sandbox(t, p)
+	deletePod(t, p.Name)
+	eventually(t, patience, "nothing is left of pod "+p.Name, func() error {
+		if left := records(id); len(left) > 0 {
+			return fmt.Errorf("records: %v", left)
+		}
+		return nil
+	})
 }
 
 // wantNotAround checks that not one connection of the pod, from its first

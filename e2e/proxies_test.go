@@ -18,11 +18,17 @@ import (
 	"shunt.dev/shunt/e2e/wire"
 )
 
-// eachDatapath runs a test on either way that a pod may be redirected.
+// eachDatapath runs a test on either way that a pod may be redirected, both at
+// once, and waits for them.
 func eachDatapath(t *testing.T, test func(t *testing.T, datapath string)) {
-	for _, datapath := range []string{"ebpf", "iptables"} {
-		t.Run(datapath, func(t *testing.T) { test(t, datapath) })
-	}
+	t.Run("by", func(t *testing.T) {
+		for _, datapath := range []string{"ebpf", "iptables"} {
+			t.Run(datapath, func(t *testing.T) {
+				t.Parallel()
+				test(t, datapath)
+			})
+		}
+	})
 }
 
 // capturing has a pod's questions to nameservers go to its proxy. The pod's own
@@ -90,7 +96,7 @@ func TestDNS(t *testing.T) {
 			t.Errorf("dial %s: got %+v: expected that the proxy answers for an address of its own, %+v", name, d, wire.ProxyAddrs)
 		}
 		wantRedirected(t, p)
-		deletePod(t, p.Name)
+		wantGone(t, p)
 	})
 	deletePod(t, u.Name)
 	wantNoTraces(t)
@@ -176,8 +182,9 @@ func TestHAProxy(t *testing.T) {
 			if len(e.Around) > 0 {
 				t.Errorf("pod %s: %d of %d connections went around HAProxy: %+v", p.Name, len(e.Around), e.Answered, e.Around[0])
 			}
-			deletePod(t, p.Name)
+			wantDatapath(t, p, datapath)
+			wantGone(t, p)
 		}
-		wantNoTraces(t)
 	})
+	wantNoTraces(t)
 }

@@ -1,19 +1,21 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
 #
-# run.sh [GO TEST FLAGS]: the end-to-end tests, on a node for each of $MODES; of
+# run.sh [-test.FLAG...]: the end-to-end tests, on a node for each of $MODES; of
 # them those that $RUN matches. `make e2e` has built the image in bin/.
 set -euo pipefail
 here=$(dirname "$(readlink -f "$0")")
 root=$(dirname "$here")
 export E2E_ROOT=$root E2E_CACHE=${E2E_CACHE:-$root/.cache/e2e} E2E_NODE E2E_MODE
+# As the image was built: what all of them import is compiled once.
+export CGO_ENABLED=0
 : "${GO:=go}" "${MODES:=v2 hybrid containerd2}" "${VERSION:=dev}" "${RUN:=}"
 
 # What a mode is for: all that can be done there, and of the others what differs.
 declare -A select=(
-  [v2]='-skip=^TestKubeletRestart$'
-  [hybrid]='-run=^(TestPods|TestKubeletRestart|TestContainerdRestart)$'
-  [containerd2]='-run=^(TestPods|TestDelete|TestShapes|TestDNS|TestHAProxy|TestFailedADD|TestContainerdRestart|TestUninstall)$'
+  [v2]='-test.skip=^TestKubeletRestart$'
+  [hybrid]='-test.run=^(TestPods|TestKubeletRestart|TestContainerdRestart)$'
+  [containerd2]='-test.run=^(TestPods|TestDelete|TestShapes|TestDNS|TestHAProxy|TestFailedADD|TestContainerdRestart|TestUninstall)$'
 )
 
 began=$SECONDS
@@ -25,8 +27,9 @@ cd "$root"
 $GO -C tools/helm build -trimpath -o "$E2E_CACHE/helm" .
 # What an upgrade brings: the same but for the version.
 mkdir -p "$E2E_CACHE/next"
-CGO_ENABLED=0 $GO build -trimpath -ldflags "-s -w -X main.buildVersion=$VERSION-next" -o "$E2E_CACHE/next/" ./cmd/...
-$GO run ./internal/tools/image -bin "$E2E_CACHE/next" -name localhost/shunt/shunt-node:next -o "$E2E_CACHE/next.tar"
+$GO build -trimpath -ldflags "-s -w -X main.buildVersion=$VERSION-next" -o "$E2E_CACHE/next/" ./cmd/...
+$GO run -trimpath ./internal/tools/image -bin "$E2E_CACHE/next" -name localhost/shunt/shunt-node:next -o "$E2E_CACHE/next.tar"
+$GO test -c -trimpath -tags e2e -o "$E2E_CACHE/e2e.test" ./e2e
 lap 'everything is built'
 
 # One name for each copy of the project: they may be tested side by side.
@@ -40,9 +43,10 @@ for E2E_MODE in $MODES; do
   trap '"$here/node/node.sh" down "$E2E_NODE"' EXIT
   "$here/node/node.sh" up "$E2E_NODE" "$E2E_MODE"
   flags=("${select[$E2E_MODE]}")
-  [[ -z $RUN ]] || flags=("-run=$RUN")
-  echo "e2e: mode $E2E_MODE: go test ${flags[*]}"
-  $GO test -tags e2e -v -count=1 -timeout 30m -exec "$here/node/node.sh exec $E2E_NODE" "${flags[@]}" "$@" ./e2e || failed+=("$E2E_MODE")
+  [[ -z $RUN ]] || flags=("-test.run=$RUN")
+  echo "e2e: mode $E2E_MODE: ${flags[*]}"
+  # Tests wait more than they work: many at once, whatever the number of cores.
+  "$here/node/node.sh" exec "$E2E_NODE" "$E2E_CACHE/e2e.test" -test.v -test.timeout 30m -test.parallel 16 "${flags[@]}" "$@" || failed+=("$E2E_MODE")
   "$here/node/node.sh" down "$E2E_NODE"
   trap - EXIT
   lap "the tests on a node in mode $E2E_MODE"

@@ -36,7 +36,7 @@ func (d *Datapath) adoptListeners(r *Record, ns *Netns) error {
 	if err != nil || len(inodes) == 0 {
 		return err
 	}
-	sockets, err := findSockets(ns.Inode, inodes)
+	sockets, err := ns.held(r.Rules.InboundPort, inodes)
 	defer func() {
 		for _, s := range sockets {
 			s.close()
@@ -87,16 +87,49 @@ func (n *Netns) listeners(port uint16) (inodes map[uint64]bool, err error) {
 	return inodes, nil
 }
 
+// held gets descriptors of the listeners at a port that were listed, but for those
+// that have ended since. What it has got is returned with an error too.
+func (n *Netns) held(port uint16, listed map[uint64]bool) (got []fd, err error) {
+	for try := 1; ; try++ {
+		more, missing, err := findSockets(n.Inode, listed)
+		got = append(got, more...)
+		if err != nil || len(missing) == 0 {
+			return got, err
+		}
+		now, err := n.listeners(port)
+		if err != nil {
+			return got, err
+		}
+		left := map[uint64]bool{}
+		for inode := range missing {
+			if !now[inode] {
+				continue
+			}
+			left[inode] = true
+			// A process that is about to end has given its descriptors up, and the
+			// kernel has not closed them yet.
+			if try == 3 {
+				return got, fmt.Errorf("no process of the pod holds the listening %s: one of Multipath TCP, or of a process that can't be seen", socketLink(inode))
+			}
+		}
+		listed = left
+	}
+}
+
+// socketLink is what a descriptor of a socket is a link to, in /proc.
+func socketLink(inode uint64) string { return fmt.Sprintf("socket:[%d]", inode) }
+
 // findSockets gets descriptors of sockets from the processes of a network
-// namespace that hold them. What it has got is returned with an error too.
-func findSockets(netns uint32, inodes map[uint64]bool) (got []fd, err error) {
-	want := map[string]bool{}
+// namespace that hold them, and says which nobody holds. What it has got is
+// returned with an error too.
+func findSockets(netns uint32, inodes map[uint64]bool) (got []fd, missing map[uint64]bool, err error) {
+	want := map[string]uint64{}
 	for inode := range inodes {
-		want[fmt.Sprintf("socket:[%d]", inode)] = true
+		want[socketLink(inode)] = inode
 	}
 	pids, err := filepath.Glob("/proc/[0-9]*")
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	ns := fmt.Sprintf("net:[%d]", netns)
 	for _, proc := range pids {
@@ -105,16 +138,16 @@ func findSockets(netns uint32, inodes map[uint64]bool) (got []fd, err error) {
 		}
 		names, err := filepath.Glob(proc + "/fd/*")
 		if err != nil {
-			return got, err
+			return got, nil, err
 		}
 		for _, name := range names {
 			link, err := os.Readlink(name)
-			if err != nil || !want[link] {
+			if _, wanted := want[link]; err != nil || !wanted {
 				continue
 			}
 			f, err := getFD(filepath.Base(proc), filepath.Base(name), link)
 			if err != nil {
-				return got, err
+				return got, nil, err
 			}
 			if f >= 0 {
 				got = append(got, f)
@@ -122,10 +155,11 @@ func findSockets(netns uint32, inodes map[uint64]bool) (got []fd, err error) {
 			}
 		}
 	}
-	for link := range want {
-		return got, fmt.Errorf("no process of the pod holds the listening %s: one of Multipath TCP, or of a process that can't be seen", link)
+	missing = map[uint64]bool{}
+	for _, inode := range want {
+		missing[inode] = true
 	}
-	return got, nil
+	return got, missing, nil
 }
 
 // getFD duplicates a process's descriptor of a socket; -1 if it has it no more.

@@ -46,7 +46,6 @@ func makeBed(t *testing.T) *bed {
 	b.world.ServeAll(t)
 	b.kubeconfig = b.kube.WriteKubeconfig(t, b.dir)
 	b.cni.Kubeconfig, b.cni.RunDir = b.kubeconfig, filepath.Join(b.dir, "run")
-	b.cni.Env = []string{"GORACE=atexit_sleep_ms=0"}
 	built, err := builtShunt()
 	if err != nil {
 		t.Fatal(err)

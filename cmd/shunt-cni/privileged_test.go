@@ -48,7 +48,7 @@ const (
 	wrapUmask     = "SHUNT_CNI_TEST_UMASK"     // not empty: no umask at all
 	allSteps      = "SHUNT_CNI_TEST_ALL_STEPS" // not empty: no sampling
 	seedEnv       = "SHUNT_CNI_TEST_SEED"      // of the samples; random else
-	quietRace     = "GORACE=atexit_sleep_ms=0" // the race detector's plugin would rest for a second
+	quietRace     = "GORACE=atexit_sleep_ms=0" // a process with the race detector would rest for a second
 	factsLimit    = "500ms"                    // podFactsTimeout where nobody answers
 	addLimit      = 10 * time.Second           // what a failing ADD may take here, on a machine that is busy
 	settleTime    = 10 * time.Second           // what the kernel may take to destroy closed sockets
@@ -155,7 +155,6 @@ func newNode(t testing.TB, w *testbed.World) *node {
 	n := &node{CNI: testbed.NewCNI(t), api: testbed.NewAPIServer(t), world: w}
 	n.Kubeconfig = n.api.WriteKubeconfig(t, t.TempDir())
 	n.RunDir = filepath.Join(t.TempDir(), "run")
-	n.Env = []string{quietRace}
 	t.Cleanup(func() { n.expectNothing(t) })
 	return n
 }

@@ -3,6 +3,7 @@
 package main
 
 import (
+	"bufio"
 	"context"
 	"encoding/json"
 	"errors"
@@ -93,7 +94,7 @@ func reply(w http.ResponseWriter, v any) {
 }
 
 // client is one connection's, and notes its addresses in d.
-func client(d *wire.Dial, conns *int, timeout time.Duration) *http.Client {
+func client(d *wire.Dial, timeout time.Duration) *http.Client {
 	var dialer net.Dialer
 	dialer.SetMultipathTCP(false)
 	return &http.Client{Timeout: timeout, Transport: &http.Transport{
@@ -103,7 +104,6 @@ func client(d *wire.Dial, conns *int, timeout time.Duration) *http.Client {
 			if err != nil {
 				return nil, err
 			}
-			*conns++
 			d.Peer, d.Local = c.RemoteAddr().String(), c.LocalAddr().String()
 			return c, nil
 		},
@@ -129,8 +129,7 @@ func request(ctx context.Context, c *http.Client, url string) (a wire.Answer, er
 
 // dial makes one connection with one request.
 func dial(ctx context.Context, url string, timeout time.Duration) (d wire.Dial) {
-	var conns int
-	c := client(&d, &conns, timeout)
+	c := client(&d, timeout)
 	defer c.CloseIdleConnections()
 	var err error
 	if d.Answer, err = request(ctx, c, url); err != nil {
@@ -153,21 +152,58 @@ func resolve(ctx context.Context, network, server, name string) (r wire.Resolved
 	return r
 }
 
-// hold keeps one connection busy.
+// hold keeps one connection busy, and makes another only when that has failed. An
+// http.Client would by itself, without an error: it gives a connection up when its
+// own goroutines don't get a processor within 50 ms.
 func (a *application) hold(ctx context.Context, url string) {
-	var d wire.Dial
-	var conns int
-	c := client(&d, &conns, time.Minute)
-	defer c.CloseIdleConnections()
+	var c net.Conn
+	var answers *bufio.Reader
+	defer func() {
+		if c != nil {
+			c.Close()
+		}
+	}()
+	round := func() (dialled int, err error) {
+		req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
+		if err != nil {
+			return 0, err
+		}
+		if c == nil {
+			var dialer net.Dialer
+			dialer.SetMultipathTCP(false)
+			if c, err = dialer.DialContext(ctx, "tcp", req.URL.Host); err != nil {
+				c = nil
+				return 0, err
+			}
+			dialled, answers = 1, bufio.NewReader(c)
+		}
+		err = c.SetDeadline(time.Now().Add(time.Minute))
+		if err == nil {
+			err = req.Write(c)
+		}
+		var res *http.Response
+		if err == nil {
+			res, err = http.ReadResponse(answers, req)
+		}
+		if err == nil {
+			_, err = io.Copy(io.Discard, res.Body)
+			err = errors.Join(err, res.Body.Close())
+		}
+		if err != nil {
+			c.Close()
+			c = nil
+		}
+		return dialled, err
+	}
 	for range ticks(ctx, 20*time.Millisecond) {
-		_, err := request(ctx, c, url)
+		dialled, err := round()
 		a.mu.Lock()
 		h := a.held[url]
 		if h == nil {
 			h = &wire.Held{}
 			a.held[url] = h
 		}
-		h.Conns = conns
+		h.Conns += dialled
 		if err != nil {
 			h.Error = err.Error()
 		} else {

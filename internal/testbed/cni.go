@@ -360,6 +360,7 @@ func (i *Invocation) environ() []string {
 	}
 	env := []string{
 		"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+		"GORACE=atexit_sleep_ms=0", // of [RaceEnv]: the detector would have each run rest for a second at its end
 		"CNI_COMMAND=" + i.Command,
 		"CNI_PATH=" + i.Path,
 	}

@@ -280,7 +280,7 @@ grep -q PROBE %[2]s/in || kill -9 $PPID`, tables, t.TempDir())
 		t.Fatal(err)
 	}
 	cmd := exec.Command("/proc/self/exe")
-	cmd.Env = []string{applyEnv + "=" + file, "XTABLES_LOCKFILE=" + filepath.Join(t.TempDir(), "lock")}
+	cmd.Env = []string{applyEnv + "=" + file, "GORACE=atexit_sleep_ms=0", "XTABLES_LOCKFILE=" + filepath.Join(t.TempDir(), "lock")}
 	out, err := cmd.CombinedOutput()
 	var exit *exec.ExitError
 	if !errors.As(err, &exit) || exit.Sys().(syscall.WaitStatus).Signal() != syscall.SIGKILL {

@@ -3,7 +3,10 @@
 package main
 
 import (
+	"encoding/json"
 	"io"
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 
@@ -45,6 +48,54 @@ func TestJudge(t *testing.T) {
 			err := judge(tt.kernel, tt.report)
 			if (err == nil) != (tt.want == "") || err != nil && !strings.Contains(err.Error(), tt.want) {
 				t.Errorf("%v, want %q", err, tt.want)
+			}
+		})
+	}
+}
+
+func TestReadReport(t *testing.T) {
+	with := func(answer probe.Answer) *probe.Report {
+		return report(probe.EBPF, probe.Row{Name: "x", Answer: answer})
+	}
+	for _, tt := range []struct {
+		name       string
+		first      *probe.Report
+		firstExits string
+		second     *probe.Report
+		want       string // "": the second is taken
+	}{
+		{"the same", with(probe.Yes), "0", with(probe.Yes), ""},
+		{"told in the end", with(probe.Unknown), "0", with(probe.Yes), ""},
+		{"not told in the end", with(probe.Yes), "0", with(probe.Unknown), "x yes, then unknown"},
+		{"otherwise", with(probe.No), "0", with(probe.Yes), "x no, then yes"},
+		{"another status", with(probe.Yes), "3", with(probe.Yes), "exit status 3 for datapath ebpf"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			dir := t.TempDir()
+			for name, r := range map[string]*probe.Report{"probe": tt.first, "self-test": tt.second} {
+				b, err := json.Marshal(r)
+				if err != nil {
+					t.Fatal(err)
+				}
+				status := map[string]string{"probe": tt.firstExits, "self-test": "0"}[name]
+				for file, content := range map[string]string{name + ".json": string(b), name + ".status": status + "\n"} {
+					if err := os.WriteFile(filepath.Join(dir, file), []byte(content), 0o600); err != nil {
+						t.Fatal(err)
+					}
+				}
+			}
+			got, err := readReport(dir)
+			if tt.want != "" {
+				if err == nil || !strings.Contains(err.Error(), tt.want) {
+					t.Errorf("%v, want %q", err, tt.want)
+				}
+				return
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			if diff := cmp.Diff(tt.second, got); diff != "" {
+				t.Errorf("(-want +got):\n%s", diff)
 			}
 		})
 	}
