@@ -147,7 +147,7 @@ func connectPart(p path, m partMaps, own netip.Addr) asm.Instructions {
 	}
 	if p == keeps {
 		value := int16(m.origins.ValueSize())
-		code = append(code, clear(cookieAt-value, value)...)
+		code = append(code, zeros(cookieAt-value, value)...)
 		for i := range words {
 			code = append(code,
 				asm.LoadMem(asm.R1, asm.R6, at+int16(4*i), asm.Word),
@@ -190,8 +190,8 @@ func connectPart(p path, m partMaps, own netip.Addr) asm.Instructions {
 	return append(code, asm.Mov.Imm(asm.R0, 1).WithSymbol("out"), asm.Return())
 }
 
-// clear writes zeros to the stack.
-func clear(from, size int16) (code asm.Instructions) {
+// zeros writes zeros to the stack.
+func zeros(from, size int16) (code asm.Instructions) {
 	code = append(code, asm.Mov.Imm(asm.R1, 0))
 	for at := from; at < from+size; at += 8 {
 		code = append(code, asm.StoreMem(asm.RFP, at, asm.R1, asm.DWord))
@@ -223,7 +223,7 @@ func (m partMaps) note(atAccept bool) asm.Instructions {
 	if atAccept {
 		local, remote = remote, local
 	}
-	return append(clear(noteAt, -noteAt),
+	return append(zeros(noteAt, -noteAt),
 		asm.LoadMem(asm.R1, asm.R6, opsLocalPort, asm.Word),
 		asm.StoreMem(asm.RFP, local, asm.R1, asm.Half),
 		asm.LoadMem(asm.R1, asm.R6, opsRemotePort, asm.Word),
@@ -240,7 +240,7 @@ func (m partMaps) again() asm.Instructions {
 // insert makes a note of zeros, and has state callbacks come if they are to.
 func (m partMaps) insert(watch bool) asm.Instructions {
 	value := int16(m.notes.ValueSize())
-	code := clear(noteAt-value, value)
+	code := zeros(noteAt-value, value)
 	code = append(code, m.note(false)...)
 	code = append(code,
 		asm.Mov.Reg(asm.R3, asm.RFP), asm.Add.Imm(asm.R3, int32(noteAt-value)),
