@@ -6,7 +6,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
 	"log/slog"
 	"os"
 	"time"
@@ -105,7 +104,7 @@ var errByIptables = errors.New("iptables redirects the pod, or has done so")
 
 // byIptables fails where iptables may have done something for an attachment.
 func (p podSide) byIptables(a redirect.Attachment) error {
-	if _, err := os.Lstat(record.Path(p.runDir, a)); errors.Is(err, fs.ErrNotExist) {
+	if !record.Any(p.runDir, a) {
 		return nil
 	}
 	return &handover.NeededError{Reason: handover.Iptables, Err: errByIptables}

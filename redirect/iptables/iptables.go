@@ -15,7 +15,6 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
-	"os"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -23,6 +22,7 @@ import (
 
 	"shunt.dev/shunt/loader"
 	"shunt.dev/shunt/redirect"
+	records "shunt.dev/shunt/redirect/iptables/record"
 )
 
 // Options say how a node's backend works.
@@ -362,10 +362,8 @@ func (b *Backend) Yield(ctx context.Context, a redirect.Attachment, running bool
 
 func (b *Backend) remove(ctx context.Context, a redirect.Attachment, yield, running bool) error {
 	r, err := readRecord(b.recordPath(a))
-	if r == nil && err == nil {
-		if _, err := os.Lstat(b.nextPath(a)); errors.Is(err, fs.ErrNotExist) {
-			return nil // and make no lock for it
-		}
+	if r == nil && err == nil && !records.Any(b.opts.RunDir, a) {
+		return nil // and make no lock for it
 	}
 	unlock, err := b.lock(ctx, a)
 	if err != nil {

@@ -123,9 +123,7 @@ func readRecord(path string) (*record, error) {
 	return r, nil
 }
 
-// nextPath is where a record is written before it takes its name. A process that
-// is killed in between leaves it to the next one that has the container's lock.
-func (b *Backend) nextPath(a redirect.Attachment) string { return b.recordPath(a) + ".next" }
+func (b *Backend) nextPath(a redirect.Attachment) string { return records.NextPath(b.opts.RunDir, a) }
 
 func (b *Backend) writeRecord(r *record) error {
 	data, err := json.Marshal(r)

@@ -6,6 +6,9 @@
 package record
 
 import (
+	"errors"
+	"io/fs"
+	"os"
 	"path/filepath"
 
 	"shunt.dev/shunt/redirect"
@@ -17,4 +20,19 @@ func Dir(runDir string) string { return filepath.Join(runDir, "iptables") }
 // Path returns where an attachment's record is, if it has one.
 func Path(runDir string, a redirect.Attachment) string {
 	return filepath.Join(Dir(runDir), a.ContainerID+"@"+a.IfName+".json")
+}
+
+// NextPath returns where a record is written before it takes its name. A process
+// that is killed in between leaves it to the next one that has the container's lock.
+func NextPath(runDir string, a redirect.Attachment) string { return Path(runDir, a) + ".next" }
+
+// Any reports whether there may be anything of an attachment: a record, or what a
+// process has left that was to write one.
+func Any(runDir string, a redirect.Attachment) bool {
+	for _, path := range []string{Path(runDir, a), NextPath(runDir, a)} {
+		if _, err := os.Lstat(path); !errors.Is(err, fs.ErrNotExist) {
+			return true
+		}
+	}
+	return false
 }
