@@ -77,7 +77,7 @@ func ParsePod(data []byte) (*Pod, error) {
 		Pod
 	}
 	if err := json.Unmarshal(data, &obj); err != nil {
-		return nil, fmt.Errorf("parse pod: %s", shortened(err.Error())) // which may quote a number of any length
+		return nil, fmt.Errorf("parse pod: %w", shortError{err}) // which may quote a number of any length
 	}
 	if kind := obj.Kind; kind != "" && kind != "Pod" {
 		return nil, fmt.Errorf("parse pod: the object is of kind %s, not Pod", clip(kind))
@@ -90,6 +90,12 @@ func ParsePod(data []byte) (*Pod, error) {
 	}
 	return &obj.Pod, nil
 }
+
+// A shortError is one of which no more is said than an error may hold.
+type shortError struct{ error }
+
+func (e shortError) Error() string { return shortened(e.error.Error()) }
+func (e shortError) Unwrap() error { return e.error }
 
 // shortened cuts a text to what an error may hold of it, as valid UTF-8.
 func shortened(s string) string {
