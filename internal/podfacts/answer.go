@@ -32,7 +32,7 @@ type response struct {
 	body       []byte
 }
 
-// httpStatus are the codes that mean something of their own here.
+// The codes that mean something of their own here.
 const (
 	httpOK           = 200
 	httpBadRequest   = 400
